@@ -1,0 +1,148 @@
+"""Laws of the house: the direction of imports, what `import pocl` may cost, lengths, and what may never be loaded."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = sorted(
+    [*(ROOT / "pocl").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+)
+ALL_FILES = sorted([*SOURCE, *(ROOT / "tests").rglob("*.py")])
+KERNELS = sorted((ROOT / "kernels" / "pocl_kernels").rglob("*.py"))
+
+PUBLIC_NAMES = {
+    "pocl_kernels": [
+        "Head",
+        "fused_linear_divergence",
+        "fused_linear_cross_entropy",
+        "DivergenceOutput",
+        "ForwardKL",
+        "ReverseKL",
+        "SkewForwardKL",
+        "SkewReverseKL",
+        "JSD",
+        "TVD",
+        "Jeffreys",
+        "Alpha",
+    ],
+    "pocl": [
+        "Head",
+        "fused_linear_divergence",
+        "fused_linear_cross_entropy",
+        "DistillationLoss",
+        "ForwardKL",
+        "ReverseKL",
+        "SkewForwardKL",
+        "SkewReverseKL",
+        "JSD",
+        "TVD",
+        "Jeffreys",
+        "Alpha",
+    ],
+    "pocl.data": ["load_examples", "tokenize", "Collator", "DataReport"],
+    "pocl.heads": ["head_of", "hidden_states", "shifted_labels", "check_vocabularies"],
+    "pocl.difficulty": ["score", "rank", "rouge_l"],
+    "pocl.curriculum": ["Stage", "Curriculum"],
+    "pocl.teacher": ["Teacher", "OnlineTeacher", "HiddenStateCache"],
+    "pocl.trainer": ["POCLConfig", "POCLTrainer"],
+    "pocl.integrations.trl": [],
+    "pocl.evaluate": ["evaluate", "EvaluationResult"],
+    "pocl.report": [],
+    "pocl.recipe": [],
+    "pocl.cli": ["main"],
+}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Absolute module names that a file imports, wherever in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def run_python(code: str) -> str:
+    """The standard output of `code` in a fresh interpreter."""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_kernels_folder_is_a_source_root_and_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_does_not_take_our_source_root_for_the_kernels_package() -> None:
+    code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run_python(code).split() == ["False"]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative)
+def test_kernels_import_only_torch_triton_and_the_standard_library(path: Path) -> None:
+    allowed = {"torch", "triton", "pocl_kernels", *sys.stdlib_module_names}
+    roots = {name.split(".")[0] for name in imported_modules(ast.parse(path.read_text()))}
+    assert roots <= allowed
+
+
+def test_importing_pocl_loads_nothing_heavier_than_torch() -> None:
+    heavy = ["transformers", "datasets", "matplotlib", "triton", "accelerate", "pandas", "pyarrow", "rich", "pydantic"]
+    code = (
+        "import torch, sys; before = set(sys.modules); import pocl, pocl_kernels; "
+        f"print(*(set({heavy}) & (set(sys.modules) - before)))"
+    )
+    assert run_python(code).split() == []
+
+
+@pytest.mark.parametrize("module", PUBLIC_NAMES)
+def test_public_names_are_importable(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert [name for name in PUBLIC_NAMES[module] if not hasattr(loaded, name)] == []
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=relative)
+def test_no_file_is_longer_than_450_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=relative)
+def test_nothing_is_unpickled(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}.isdisjoint(
+        name.split(".")[0] for name in imported_modules(tree)
+    )
+    loads = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func) == "torch.load"
+    ]
+    for call in loads:
+        assert any(
+            keyword.arg == "weights_only" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+            for keyword in call.keywords
+        ), f"line {call.lineno}: torch.load without weights_only=True"
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=relative)
+def test_remote_code_is_never_trusted_by_a_literal(path: Path) -> None:
+    trusting = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg == "trust_remote_code"
+            and isinstance(node.value, ast.Constant)
+            and node.value.value is True
+        )
+    ]
+    assert trusting == []
