@@ -103,7 +103,7 @@ def make_tiny_model() -> Callable[..., Any]:
 def make_tiny_folder(
     tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any
 ) -> Callable[..., Path]:
-    """A factory: `make_tiny_folder(**options of make_tiny_model)` -> saved model and tokenizer for `from_pretrained`."""
+    """A factory: `make_tiny_folder(**options of make_tiny_model)` -> saved model and tokenizer."""
 
     def make(**options: Any) -> Path:
         folder = tmp_path_factory.mktemp("tiny-model")
