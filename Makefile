@@ -36,7 +36,7 @@ help:  ## list the targets
 setup: $(SETUP)  ## make or mend .venv (about 90 s with a CPU build of torch)
 	@echo "$(VENV) is ready"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("pocl needs Python 3.11 or newer; name one: make PYTHON=python3.11 setup" if sys.version_info < (3, 11) else 0)'
 	@$(if $(FRESH),echo "Making $(VENV)" && $(PYTHON) -m venv --clear $(VENV))
 	@echo "Installing torch (1 of 3)"

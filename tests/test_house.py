@@ -81,6 +81,11 @@ def test_kernels_folder_is_a_source_root_and_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_every_source_folder_is_a_package_so_that_it_is_shipped() -> None:
+    folders = {path.parent for path in [*(ROOT / "pocl").rglob("*.py"), *KERNELS]}
+    assert [relative(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
 def test_transformers_does_not_take_our_source_root_for_the_kernels_package() -> None:
     code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     assert run_python(code).split() == ["False"]

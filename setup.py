@@ -1,0 +1,12 @@
+"""The part of the packaging that pyproject.toml cannot say: three folders of the tree become two import packages."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[
+        *find_packages(".", include=["pocl", "pocl.*"]),
+        *find_packages("kernels"),
+        "pocl.recipes",  # data: the shipped recipes lie inside the installed package
+    ],
+    package_dir={"pocl_kernels": "kernels/pocl_kernels", "pocl.recipes": "recipes"},
+)
