@@ -1,0 +1,277 @@
+"""The sections of a recipe: every key with its type, bounds, default and meaning.
+
+Defaults are the paper's GPT-2 run (arXiv 2506.05695) wherever it says something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DivergenceName = Literal["fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, (int, float, str)) else value
+
+
+# One number for all stages, two for the first and the last with even steps between, or one for each stage.
+PositiveSchedule = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+FractionSchedule = Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TeacherSection(Section):
+    """The model to learn from. A plain string stands for `model`."""
+
+    model: str = "embedded"
+    """Hub id, folder, or `embedded` for SmolLM2-135M-Instruct from the Python registry."""
+    dtype: Dtype = "float32"
+    """Number format of the weights in memory."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights. Only for authors you trust."""
+
+
+class StudentSection(Section):
+    """The model to train: one of your own, or layers cut from the teacher. A plain string stands for `model`."""
+
+    model: str | None = None
+    """Hub id or folder of a student of your own, with the teacher's tokenizer."""
+    cut: PositiveInt | None = None
+    """Instead of `model`: this many evenly spaced layers of the teacher."""
+    dtype: Dtype = "float32"
+    """Number format of the weights in memory; keep float32 for training and set `training.precision`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the weights. Only for authors you trust."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudentSection:
+        if (self.model is None) == (self.cut is None):
+            raise ValueError("name either `model` (a student of your own) or `cut` (layers to keep of the teacher)")
+        return self
+
+
+class DataSection(Section):
+    """Prompts and reference responses. A plain string stands for `source`."""
+
+    source: str = "embedded"
+    """Hub id, .jsonl/.json/.parquet file, folder, or `embedded` for the pairs of chatterbot-corpus."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    validation: str | None = None
+    """Another file, folder or hub id for validation; without it `num_validation` prompts are held out of `source`."""
+    validation_split: str = "validation"
+    """Split of `validation` to read, where it has several."""
+    test: str | None = None
+    """Another file, folder or hub id for the final evaluation; without it `num_test` prompts are held out."""
+    test_split: str = "test"
+    """Split of `test` to read, where it has several."""
+    num_train: PositiveInt | None = None
+    """Train on this many samples at most."""
+    num_validation: NonNegativeInt = 128
+    """Samples for validation at most. 0: no validation."""
+    num_test: NonNegativeInt = 256
+    """Samples for the final evaluation at most. 0: no evaluation."""
+    template: Literal["auto", "chat", "alpaca", "plain"] = "auto"
+    """How prompt and response become text. auto: the tokenizer's chat template if it has one, else the Alpaca text."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of prompt and response together; a longer prompt is cut from the left, the response is kept."""
+    max_prompt_length: PositiveInt = 256
+    """Tokens of the prompt at most."""
+    trust_remote_code: bool = False
+    """Run loading code that comes with the data. Only for authors you trust."""
+
+    @model_validator(mode="after")
+    def _prompt_fits(self) -> DataSection:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length must be below max_length = {self.max_length}, got {self.max_prompt_length}"
+            )
+        return self
+
+
+class WarmupSection(Section):
+    """Plain distillation on all samples before anything is ranked, for a student that was never trained."""
+
+    epochs: NonNegativeInt = 0
+    """Passes over the training samples. 0: no warm-up, the student is ranked as it is."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate, cosine to 0."""
+    temperature: PositiveFloat = 1.0
+    """Softens both models' distributions."""
+    kd_ratio: Fraction = 1.0
+    """Weight of the distillation loss against label cross-entropy."""
+
+
+class RankingSection(Section):
+    """How hard each sample is for the student: its answer's ROUGE-L and its cross-entropy, fused by reciprocal rank."""
+
+    k: PositiveFloat = 60.0
+    """Constant of reciprocal rank fusion, 1 / (k + rank)."""
+    max_new_tokens: PositiveInt = 256
+    """Longest answer the student may write."""
+    no_repeat_ngram_size: NonNegativeInt = 6
+    """No phrase of this many tokens twice in an answer. 0: no such rule."""
+    batch_size: PositiveInt = 16
+    """Prompts answered at once."""
+
+
+class CurriculumSection(Section):
+    """The stages: which samples, how hot, how much of the teacher."""
+
+    kind: Literal["baby_step", "constant", "one_pass", "reversed", "shuffled"] = "baby_step"
+    """baby_step: easy samples first, harder ones added (the paper). The others are controls to compare with."""
+    num_stages: PositiveInt = 4
+    """Stages, and equal parts that the ranked samples are cut into."""
+    epochs: PositiveInt = 8
+    """Passes over its samples in each stage."""
+    temperature: PositiveSchedule = (1.0, 2.0)
+    """One number, first and last, or one for each stage."""
+    kd_ratio: FractionSchedule = (0.7, 1.0)
+    """Weight of the distillation loss against label cross-entropy; numbers as for the temperature."""
+    skew: FractionSchedule = (0.1,)
+    """Mixture weight of the skewed divergences; numbers as for the temperature."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak of each stage, which starts its cosine and its optimizer anew."""
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> CurriculumSection:
+        for name in ("temperature", "kd_ratio", "skew"):
+            count = len(getattr(self, name))
+            if count not in (1, 2, self.num_stages):
+                raise ValueError(
+                    f"{name} must have 1 number, 2 (first and last) or {self.num_stages} (num_stages), got {count}"
+                )
+        return self
+
+
+class LossSection(Section):
+    """What is minimised at every response token."""
+
+    divergence: DivergenceName = "fkl"
+    """Distance between the teacher's and the student's distribution."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Weight of `jsd` (1 is towards forward KL)."""
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Order of `alpha`."""
+    scale_by_temperature: bool = True
+    """Multiply the divergence by the squared temperature, so that its gradient keeps its size."""
+
+
+class TrainingSection(Section):
+    """The optimisation of warm-up and stages alike."""
+
+    batch_size: PositiveInt = 16
+    """Samples of one process in one forward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes for one optimizer step."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Longer gradients are scaled down to this norm."""
+    min_learning_rate_ratio: Fraction = 1e-3
+    """Where the cosine ends, as a fraction of its peak."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of forward and backward; the 16-bit ones need a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    select_best: Literal["rouge_l", "loss", "none"] = "rouge_l"
+    """Each stage starts from the best checkpoint of the one before by this validation metric. none: from the last."""
+
+
+class TeacherCacheSection(Section):
+    """Whether the teacher runs once (its hidden states kept on disk) or at every step."""
+
+    mode: Literal["auto", "cached", "online"] = "auto"
+    """auto: cached where the samples are seen more than once and the disk has room."""
+    dtype: Dtype = "bfloat16"
+    """Number format on disk. float32 repeats the online teacher exactly on a CPU."""
+    batch_size: PositiveInt = 16
+    """Samples sent through the teacher at once."""
+
+
+class EvaluationSection(Section):
+    """How the models are compared in the end, on samples never trained on."""
+
+    max_new_tokens: PositiveInt = 256
+    """Longest answer a model may write."""
+    batch_size: PositiveInt = 16
+    """Prompts answered at once."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature of the answers. 0: greedy. The paper samples at 1."""
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (10,)
+    """Answers are drawn once with each seed and the scores averaged; greedy answers need one."""
+    include_teacher: bool = True
+    """Also evaluate the teacher, the mark to reach."""
+
+
+SHORTHAND = {"teacher": "model", "student": "model", "data": "source"}
+
+
+class Recipe(Section):
+    """A whole run. See the sections for their keys."""
+
+    name: str = "distillation"
+    """What the report is titled."""
+    output: str = "runs/distillation"
+    """Folder of the run; everything is written below it."""
+    seed: NonNegativeInt = 10
+    """Makes the run repeatable: data split, order, sampling."""
+    teacher: TeacherSection = TeacherSection()
+    student: StudentSection
+    data: DataSection = DataSection()
+    warmup: WarmupSection = WarmupSection()
+    ranking: RankingSection = RankingSection()
+    curriculum: CurriculumSection = CurriculumSection()
+    loss: LossSection = LossSection()
+    training: TrainingSection = TrainingSection()
+    teacher_cache: TeacherCacheSection = TeacherCacheSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            short = {key: {leaf: values[key]} for key, leaf in SHORTHAND.items() if isinstance(values.get(key), str)}
+            return {**values, **short}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.data.num_train is not None and self.data.num_train < self.curriculum.num_stages:
+            raise ValueError(
+                f"data.num_train = {self.data.num_train} samples cannot fill curriculum.num_stages = "
+                f"{self.curriculum.num_stages} stages; raise the first or lower the second"
+            )
+        if self.training.select_best != "none" and self.data.num_validation == 0:
+            raise ValueError(
+                f"training.select_best = {self.training.select_best!r} needs validation samples: "
+                "set data.num_validation above 0, or select_best to none"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,196 @@
+"""The folder of a run: which steps are finished, with which settings, and whether their outputs still stand.
+
+Every step has a fingerprint: a hash of its settings and of the fingerprints of the steps it builds on. `manifest.json`
+keeps it with the outputs' sizes, so a step is skipped exactly when the same work has been done already, and a step that
+was cut off is told from one whose settings have changed: the first resumes, the second starts anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+_EDGE = 1 << 20  # bytes hashed at either end of a weight file: reading all of it would take longer than some runs
+
+
+class RunFolderError(ValueError):
+    """The folder cannot be used for this recipe; the message says what differs and what to do."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new content, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits that stand for a JSON-like value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_fingerprint(path: Path) -> str:
+    """16 hex digits that stand for a file, or for the files below a folder, independent of place and time stamps.
+
+    Files of more than 2 MiB are represented by their size and the first and last MiB.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)}:{size}:".encode())
+        with file.open("rb") as stream:
+            if size <= 2 * _EDGE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(_EDGE))
+                stream.seek(-_EDGE, os.SEEK_END)
+                digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines `section.key: old in the folder, new now` for every setting in which two recipes differ."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            lines += differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            lines.append(f"{prefix}{key}: {before!r} in the folder, {now!r} now")
+    return lines
+
+
+class RunFolder:
+    """Reads and writes the manifest of one run.
+
+    Args:
+        path: the folder; made by the first write.
+        change: accept a folder whose recipe or inputs differ; the steps that are affected will be done again.
+    """
+
+    def __init__(self, path: str | Path, *, change: bool = False) -> None:
+        self.path = Path(path)
+        self.change = change
+        self._manifest: dict[str, Any] = {"steps": {}}
+        file = self.path / MANIFEST
+        if file.is_file():
+            try:
+                self._manifest = json.loads(file.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise RunFolderError(f"{file} is not readable ({error}); remove it to start this run anew") from None
+
+    def claim(self, recipe: Mapping[str, Any]) -> None:
+        """Make the folder that of a resolved recipe, given as plain values.
+
+        Raises:
+            RunFolderError: the folder holds files of something else, or of a recipe that differs and `change` is not
+                set.
+        """
+        file = self.path / RECIPE
+        recipe = {key: value for key, value in recipe.items() if key != "output"}
+        if file.is_file():
+            stored = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            if not self.change:
+                self._refuse(f"{self.path} belongs to another recipe", differences(stored, recipe))
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise RunFolderError(
+                f"{self.path} is not empty and holds no {RECIPE}: it is not the folder of a run. "
+                "Choose another with --output."
+            )
+        write_text(file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
+
+    def record(self, step: str) -> dict[str, Any]:
+        """What the manifest says about a step; empty if nothing."""
+        return dict(self._manifest["steps"].get(step, {}))
+
+    def is_finished(self, step: str, mark: str) -> bool:
+        """Whether the step was finished with this fingerprint and none of its files is missing or cut short."""
+        record = self.record(step)
+        if record.get("state") != "finished" or record.get("fingerprint") != mark:
+            return False
+        sizes = record["files"]
+        return all((self.path / name).is_file() and (self.path / name).stat().st_size == sizes[name] for name in sizes)
+
+    def start(self, step: str, mark: str, settings: Mapping[str, Any], outputs: Sequence[str]) -> bool:
+        """Note that a step begins; leftovers of the same work are kept, those of other work removed.
+
+        Returns:
+            True if there are leftovers to resume from.
+
+        Raises:
+            RunFolderError: the step was finished with other settings or inputs, and `change` is not set.
+        """
+        record = self.record(step)
+        if record.get("state") == "finished" and record["fingerprint"] != mark and not self.change:
+            lines = differences(record["settings"], settings)
+            self._refuse(f"{self.path} holds the step {step!r} of other inputs", lines or ["an earlier step's outcome"])
+        resumes = record.get("fingerprint") == mark
+        if not resumes:
+            for name in outputs:
+                _remove(self.path / name)
+        kept = record.get("seconds", 0.0) if resumes else 0.0
+        self._save(step, {"state": "started", "fingerprint": mark, "settings": dict(settings), "seconds": kept})
+        return resumes and any((self.path / name).exists() for name in outputs)
+
+    def pause(self, step: str, *, seconds: float) -> None:
+        """Note how long a step ran before it was cut off."""
+        record = self.record(step)
+        self._save(step, record | {"seconds": round(record["seconds"] + seconds, 1)})
+
+    def finish(self, step: str, outputs: Sequence[str], *, seconds: float, summary: Mapping[str, Any]) -> None:
+        """Note that a step is done, with its files' sizes and a summary for later steps and the report."""
+        record = self.record(step)
+        record |= {
+            "state": "finished",
+            "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "seconds": round(record["seconds"] + seconds, 1),
+            "files": {name: size for output in outputs for name, size in self._sizes(output)},
+            "summary": dict(summary),
+        }
+        self._save(step, record)
+
+    def _sizes(self, output: str) -> list[tuple[str, int]]:
+        path = self.path / output
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        return [(str(file.relative_to(self.path)), file.stat().st_size) for file in files]
+
+    def _refuse(self, what: str, lines: Sequence[str]) -> None:
+        if lines:
+            listing = "\n  ".join(lines)
+            raise RunFolderError(
+                f"{what}:\n  {listing}\n"
+                "Choose another folder with --output, or add --change to keep what still fits and redo the rest."
+            )
+
+    def _save(self, step: str, record: dict[str, Any]) -> None:
+        self._manifest["steps"][step] = record
+        write_text(self.path / MANIFEST, json.dumps(self._manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
