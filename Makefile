@@ -28,7 +28,7 @@ FRESH := yes
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format bench aot test-gpu bench-gpu clean
+.PHONY: help setup quickstart test check format docs bench aot test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ check: $(SETUP)  ## formatting, lint and types, as CI runs them
 format: $(SETUP)  ## format and mend what can be mended
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+docs: $(SETUP)  ## write the generated parts of the documentation
+	$(PY) docs/generate.py
 
 bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(ARGS)
