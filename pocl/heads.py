@@ -35,7 +35,7 @@ _SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_s
 _MAX_VOCABULARY_PADDING = 512
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The Hugging Face causal language model inside PEFT, DDP and compile wrappers."""
     while True:
         if hasattr(model, "get_base_model"):  # PEFT; `peft_config` alone also sits on the model inside
@@ -199,8 +199,8 @@ def _vocabulary(source: Any) -> Mapping[str, int]:
     return vocabulary
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
+def _text_config(model: Any) -> Any:
+    config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -222,7 +222,7 @@ def _softcap(config: Any) -> float | None:
     return None
 
 
-def _weight_and_bias(output: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(output: Any) -> tuple[Tensor, Tensor | None]:
     """Effective weight and bias of the output embedding, looking through PEFT wrappers and DTensors."""
     modules_to_save = getattr(output, "modules_to_save", None)
     if modules_to_save is not None and getattr(output, "active_adapters", None):
