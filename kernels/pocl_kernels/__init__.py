@@ -1,0 +1,34 @@
+"""Fused distillation losses for large vocabularies: exact divergences between two language models without their logits."""
+
+from pocl_kernels.api import fused_linear_cross_entropy, fused_linear_divergence
+from pocl_kernels.divergences import (
+    DIVERGENCES,
+    JSD,
+    TVD,
+    Alpha,
+    Divergence,
+    ForwardKL,
+    Jeffreys,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+)
+from pocl_kernels.head import Head
+from pocl_kernels.output import DivergenceOutput
+
+__all__ = [
+    "DIVERGENCES",
+    "JSD",
+    "TVD",
+    "Alpha",
+    "Divergence",
+    "DivergenceOutput",
+    "ForwardKL",
+    "Head",
+    "Jeffreys",
+    "ReverseKL",
+    "SkewForwardKL",
+    "SkewReverseKL",
+    "fused_linear_cross_entropy",
+    "fused_linear_divergence",
+]

@@ -1,0 +1,257 @@
+"""The public functions: validation, the reductions, and the choice of memory mode and backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocl_kernels import operators
+from pocl_kernels.autograd import FusedLoss, Result
+from pocl_kernels.divergences import Divergence, get_divergence
+from pocl_kernels.head import Head, as_head
+from pocl_kernels.output import DivergenceOutput
+
+DEFAULT_WORKSPACE_MB = 256
+REDUCTIONS = ("mean", "sum", "none")
+MEMORY_MODES = ("auto", "fast", "low")
+
+
+def fused_linear_divergence(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Tensor,
+    *,
+    divergence: str | Divergence = "fkl",
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    memory: str = "auto",
+    workspace_mb: float | None = None,
+) -> DivergenceOutput:
+    """Divergence of a student's next-token distribution from a teacher's, from hidden states: full logits never exist.
+
+    In plain PyTorch, with p and q the softmaxes of the teacher's and the student's ``logits / temperature``::
+
+        loss = (1 - ce_weight) * temperature**2 * D(p, q) + ce_weight * cross_entropy(student_logits, labels)
+
+    Args:
+        student_hidden: ``[..., H_s]`` last hidden states of the student.
+        student_head: :class:`Head`, or a bare ``[V, H_s]`` weight.
+        teacher_hidden: ``[..., H_t]``, same leading shape; computed without gradient.
+        teacher_head: :class:`Head`, or a bare ``[V, H_t]`` weight. Vocabularies may differ by padding rows at the end: the
+            surplus rows take no probability and get a zero gradient.
+        divergence: a name (fkl, rkl, skew_fkl, skew_rkl, jsd, tvd, jeffreys, alpha) or a :class:`Divergence` instance.
+        temperature: of both softmaxes, > 0.
+        scale_by_temperature: multiply D by temperature^2 (Hinton et al. 2015), so that gradients keep their size.
+        labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``. Rows with ``ignore_index`` are dropped before any
+            matrix product.
+        ce_weight: share of the cross-entropy on the labels, in [0, 1].
+        token_weight: ``[...]`` factor on each token's loss; takes no gradient.
+        reduction: "mean" over valid tokens, "sum", or "none" for the shape of the tokens.
+        normalizer: replaces the number of valid tokens under "mean": pass the count over the global batch, and the
+            gradient does not depend on accumulation, padding or world size.
+        memory: "fast" computes gradients in the forward pass, "low" recomputes the logits in the backward pass; "auto"
+            is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass.
+        workspace_mb: bound on scratch memory in MiB, default 256.
+
+    Returns:
+        :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states, weight
+        and bias, whichever require them, never to the teacher.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
+    """
+    student_head, teacher_head = as_head(student_head), as_head(teacher_head)
+    divergence = get_divergence(divergence)
+    _check_hidden("student", student_hidden, student_head)
+    _check_hidden("teacher", teacher_hidden, teacher_head)
+    shape = student_hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            f"teacher_hidden has leading shape {tuple(teacher_hidden.shape[:-1])}, student_hidden {tuple(shape)}: both "
+            "models must see the same tokens"
+        )
+    if teacher_hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError("teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()")
+    vocab_size = shared_vocab_size(student_head.vocab_size, teacher_head.vocab_size)
+    if not (isinstance(temperature, (int, float)) and temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature={temperature!r} must be a positive number")
+    if not 0.0 <= ce_weight <= 1.0:
+        raise ValueError(f"ce_weight={ce_weight!r} must be in [0, 1]")
+    if ce_weight > 0 and labels is None:
+        raise ValueError(f"ce_weight={ce_weight!r} needs labels; pass labels or ce_weight=0")
+    workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    flat_labels = _flat_labels(labels, shape, ignore_index, vocab_size)
+    row_scale, count = _row_scale(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
+
+    hidden, teacher = student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
+    teacher_weight, teacher_bias = teacher_head.weight.detach(), _detach(teacher_head.bias)
+    scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
+    token, parameters = divergence.token, divergence.parameters()
+
+    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
+        d, ce, entropy, *gradients = operators.linear_divergence(
+            h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature), factor,
+            float(ce_weight), ignore_index, scales, workspace_mb, wanted,
+        )  # fmt: skip
+        return Result(factor * d + ce_weight * ce, (d, ce, entropy), tuple(gradients))  # type: ignore[arg-type]
+
+    now = memory != "low" and reduction != "none"
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, d, ce, entropy = FusedLoss.apply(
+            hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none"
+        )
+    parts = [_reduce(x, row_scale, reduction) for x in (d, ce, entropy)]
+    if reduction == "none":
+        loss, *parts = (x.reshape(shape) for x in (loss, *parts))
+    return DivergenceOutput(loss, parts[0], None if labels is None else parts[1], parts[2], count)
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    head: Head | Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    memory: str = "auto",
+    workspace_mb: float | None = None,
+) -> Tensor:
+    """Cross-entropy of a language model from hidden states, without its logits: scoring and supervised fine-tuning.
+
+    Equals ``torch.nn.functional.cross_entropy(logits, labels)`` over the valid tokens; arguments, reductions and errors as in
+    :func:`fused_linear_divergence`. Returns nats: a scalar, or ``[...]`` (0 at ignored positions) for ``reduction="none"``.
+    """
+    head = as_head(head)
+    _check_hidden("", hidden, head)
+    shape = hidden.shape[:-1]
+    workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    flat_labels = _flat_labels(labels, shape, ignore_index, head.vocab_size)
+    assert flat_labels is not None
+    row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
+
+    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
+        ce, *gradients = operators.linear_cross_entropy(
+            h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted
+        )
+        return Result(ce, (), tuple(gradients))  # type: ignore[arg-type]
+
+    now = memory != "low" and reduction != "none"
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        (loss,) = FusedLoss.apply(flat, head.weight, head.bias, row_scale, run, now, reduction != "none")
+    return loss.reshape(shape) if reduction == "none" else loss
+
+
+def shared_vocab_size(student: int, teacher: int) -> int:
+    """The number of tokens both vocabularies have, where they differ in padding rows at most.
+
+    Raises:
+        ValueError: if the difference exceeds 1024 rows or an eighth of the smaller one: then they are different vocabularies.
+    """
+    small, large = sorted((student, teacher))
+    if large - small > min(1024, small // 8):
+        raise ValueError(
+            f"student and teacher vocabularies have {student} and {teacher} entries: more than padding apart (at most "
+            f"{min(1024, small // 8)} rows here). Both models must use the same tokenizer"
+        )
+    return small
+
+
+def _check_hidden(who: str, hidden: Tensor, head: Head) -> None:
+    name = f"{who}_hidden" if who else "hidden"
+    if hidden.dim() < 1 or hidden.shape[-1] != head.hidden_size:
+        raise ValueError(
+            f"{name} has shape {tuple(hidden.shape)}, but its head's weight is {tuple(head.weight.shape)}: the last "
+            f"dimension must be {head.hidden_size}"
+        )
+    if not (hidden.is_floating_point() and head.weight.is_floating_point()):
+        raise ValueError(f"{name} is {hidden.dtype} and its head {head.weight.dtype}: both must be floating point")
+    if hidden.device != head.weight.device:
+        raise ValueError(f"{name} is on {hidden.device}, its head on {head.weight.device}: move them to one device")
+
+
+def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> float:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
+    if memory not in MEMORY_MODES:
+        raise ValueError(f"memory={memory!r} must be one of {', '.join(MEMORY_MODES)}")
+    if memory == "fast" and reduction == "none":
+        raise ValueError('memory="fast" computes gradients before the upstream gradient is known, which reduction="none" needs: '
+                         'use memory="low" or "auto"')  # fmt: skip
+    if workspace_mb is None:
+        return float(DEFAULT_WORKSPACE_MB)
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
+    return float(workspace_mb)
+
+
+def _flat_labels(labels: Tensor | None, shape: torch.Size, ignore_index: int, vocab_size: int) -> Tensor | None:
+    if labels is None:
+        return None
+    if labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, the hidden states' leading shape is {tuple(shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels are {labels.dtype}: they must be int64 or int32 token ids")
+    flat = labels.reshape(-1).to(torch.int64)
+    fits = ((flat == ignore_index) | ((flat >= 0) & (flat < vocab_size))).all()
+    message = f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}"
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not fits:
+            bad = flat[(flat != ignore_index) & ((flat < 0) | (flat >= vocab_size))]
+            raise ValueError(f"{message}, got {bad[0].item()} ({bad.numel()} such)")
+    else:
+        torch._assert_async(fits, message)  # checked on the device: no wait for the host
+    return flat
+
+
+def _row_scale(
+    hidden: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Factor of each row's loss ``[N]``, 0 for ignored rows, and the number of valid rows."""
+    rows, shape = math.prod(hidden.shape[:-1]), hidden.shape[:-1]
+    dtype = operators.compute_dtype(hidden)
+    if labels is None:
+        count = torch.full((), rows, dtype=torch.int64, device=hidden.device)
+        scale = torch.ones(rows, dtype=dtype, device=hidden.device)
+    else:
+        valid = labels != ignore_index
+        count, scale = valid.sum(), valid.to(dtype)
+    if token_weight is not None:
+        if token_weight.shape != shape:
+            raise ValueError(f"token_weight has shape {tuple(token_weight.shape)}, expected {tuple(shape)}")
+        # An ignored row keeps weight 0 even if the caller's weight there is NaN.
+        weight = token_weight.detach().reshape(-1).to(dtype)
+        scale = torch.where(scale > 0, weight, scale)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f'normalizer replaces the count under reduction="mean"; it has no meaning under "{reduction}"')
+    if reduction == "mean":
+        # A batch without valid tokens has loss 0 and zero gradients.
+        scale = scale / (count.clamp_min(1) if normalizer is None else normalizer)
+    return scale, count
+
+
+def _reduce(rows: Tensor, row_scale: Tensor, reduction: str) -> Tensor:
+    scaled = rows.detach() * row_scale
+    return scaled if reduction == "none" else scaled.sum()
+
+
+def _detach(x: Any) -> Any:
+    return None if x is None else x.detach()

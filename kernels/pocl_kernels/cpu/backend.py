@@ -1,0 +1,270 @@
+"""The CPU backend: token chunks, GEMMs into reused buffers, one fused row kernel between them.
+
+For N valid rows: S = 2 N V H_s, Te = 2 N V H_t flops; forward S + Te, each of dh and dW one S more: nothing is done twice.
+The logits of one chunk of rows exist at a time, in float32, student and teacher: 8 V bytes a row, bounded by
+``workspace_mb``. Heads in other dtypes are upcast in vocabulary slices; float64 inputs run in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pocl_kernels.cpu import compiler, eager
+from pocl_kernels.plan import Gradients, Plan, Rows
+from pocl_kernels.scalar import trace
+
+MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
+SLICE_ROWS = 4096  # vocabulary rows of a head that are upcast at a time
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # [N, H_s]
+    student_weight: Tensor,  # [V_s, H_s]
+    student_bias: Tensor | None,  # [V_s]
+    teacher_hidden: Tensor,  # [N, H_t]
+    teacher_weight: Tensor,  # [V_t, H_t]
+    teacher_bias: Tensor | None,  # [V_t]
+    labels: Tensor | None,  # [N]
+    row_scale: Tensor,  # [N]
+    plan: Plan,
+    wanted: Gradients,
+) -> Rows:
+    """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see :class:`Rows`)."""
+    V = min(student_weight.shape[0], teacher_weight.shape[0])
+    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+    student = _Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
+    teacher = _Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, Gradients(False, False, False))
+    rows = _valid_rows(labels, plan.ignore_index, student_hidden.shape[0])
+    results = torch.zeros(student_hidden.shape[0], 3, dtype=dtype)
+    kernel = _divergence_kernel(plan, dtype)
+    for index in _chunks(rows, buffers=2, vocab_size=V, itemsize=dtype.itemsize, workspace_mb=plan.workspace_mb):
+        zs, zt = student.project(index), teacher.project(index)
+        chunk_labels = None if labels is None else labels.index_select(0, index)
+        out = torch.empty(len(index), 3, dtype=dtype)
+        scale = row_scale.index_select(0, index).to(dtype)
+        kernel(zs, zt, student.bias, teacher.bias, chunk_labels, scale, plan, any(wanted), out)
+        results.index_copy_(0, index, out)
+        if any(wanted):
+            student.accumulate(index, zs)
+    return Rows(results[:, 0], results[:, 1], results[:, 2], *student.gradients())
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,
+    labels: Tensor,  # [N]
+    row_scale: Tensor,  # [N]
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    workspace_mb: float,
+    wanted: Gradients,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Per-row cross-entropy ``[N]`` and the gradients of ``sum row_scale * cross_entropy``."""
+    V = weight.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    student = _Projection(hidden, weight, bias, V, dtype, wanted)
+    result = torch.zeros(hidden.shape[0], dtype=dtype)
+    kernel = _cross_entropy_kernel(dtype)
+    rows = _valid_rows(labels, ignore_index, hidden.shape[0])
+    for index in _chunks(rows, buffers=1, vocab_size=V, itemsize=dtype.itemsize, workspace_mb=workspace_mb):
+        z = student.project(index)
+        out = torch.empty(len(index), dtype=dtype)
+        chunk_scale = row_scale.index_select(0, index).to(dtype)
+        kernel(z, student.bias, scale, softcap, labels.index_select(0, index), chunk_scale, any(wanted), out)
+        result.index_copy_(0, index, out)
+        if any(wanted):
+            student.accumulate(index, z)
+    return result, *student.gradients()
+
+
+class _Projection:
+    """One head applied to chunks of rows, and the gradients that flow back through it."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, V: int, dtype: torch.dtype, wanted: Gradients
+    ) -> None:
+        self.hidden, self.weight, self.dtype, self.V, self.wanted = hidden, weight, dtype, V, wanted
+        self.bias = None if bias is None else bias[:V].to(dtype).contiguous()
+        self._buffer: Tensor | None = None
+        self._chunk_hidden: Tensor | None = None
+        self.grad_hidden = torch.zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
+        # Rows beyond the shared vocabulary get no gradient; the rest is written by the first chunk (mm, not addmm).
+        self.grad_weight = torch.empty(weight.shape, dtype=dtype) if wanted.weight else None
+        self.grad_bias = torch.zeros(weight.shape[0], dtype=dtype) if wanted.bias else None
+        self._first = True
+
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head in the compute dtype: itself, or upcast a slice at a time."""
+        if self.weight.dtype == self.dtype:
+            yield slice(0, self.V), self.weight[: self.V]
+            return
+        for first in range(0, self.V, SLICE_ROWS):
+            part = slice(first, min(first + SLICE_ROWS, self.V))
+            yield part, self.weight[part].to(self.dtype)
+
+    def project(self, index: Tensor) -> Tensor:
+        """``hidden[index] @ weight.T`` into the reused buffer: ``[len(index), V]``."""
+        if self._buffer is None:  # the first chunk is the largest
+            self._buffer = torch.empty(len(index), self.V, dtype=self.dtype)
+        z = self._buffer[: len(index)]
+        self._chunk_hidden = self.hidden.index_select(0, index).to(self.dtype)
+        for part, weight in self._slices():
+            torch.mm(self._chunk_hidden, weight.T, out=z[:, part])
+        return z
+
+    def accumulate(self, index: Tensor, gradient: Tensor) -> None:
+        """Add one chunk's share to the gradients; ``gradient`` is that of the projection, ``[len(index), V]``."""
+        assert self._chunk_hidden is not None
+        if self.grad_hidden is not None:
+            dh = torch.zeros_like(self._chunk_hidden)
+            for part, weight in self._slices():
+                dh.addmm_(gradient[:, part], weight)
+            self.grad_hidden.index_copy_(0, index, dh)
+        if self.grad_weight is not None:
+            target = self.grad_weight[: self.V]
+            if self._first:
+                torch.mm(gradient.T, self._chunk_hidden, out=target)
+            else:
+                target.addmm_(gradient.T, self._chunk_hidden)
+        if self.grad_bias is not None:
+            self.grad_bias[: self.V] += gradient.sum(0)
+        self._first = False
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if self.grad_weight is not None:
+            self.grad_weight[0 if self._first else self.V :].zero_()
+        return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+def _valid_rows(labels: Tensor | None, ignore_index: int, count: int) -> Tensor:
+    return torch.arange(count) if labels is None else torch.nonzero(labels != ignore_index).squeeze(-1)
+
+
+def chunk_rows(rows: int, *, buffers: int, vocab_size: int, itemsize: int, workspace_mb: float) -> int:
+    """Rows of one chunk: as many as the workspace holds, at most ``MAX_CHUNK_ROWS``, evened out over the chunks."""
+    most = int(workspace_mb * 2**20 / (buffers * vocab_size * itemsize))
+    most = max(1, min(most, MAX_CHUNK_ROWS, rows))
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
+
+
+def _chunks(rows: Tensor, *, buffers: int, vocab_size: int, itemsize: int, workspace_mb: float) -> Iterator[Tensor]:
+    if len(rows):
+        size = chunk_rows(
+            len(rows), buffers=buffers, vocab_size=vocab_size, itemsize=itemsize, workspace_mb=workspace_mb
+        )
+        yield from rows.split(size)
+
+
+# --- Row kernels: compiled where that is possible -----------------------------------------------------------------------
+
+
+def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
+    function = None
+    if dtype == torch.float32:
+        function = compiler.load(compiler.divergence_source(trace(plan.divergence)), "divergence_rows")
+    if function is None:
+        return eager.divergence_rows
+    native = function
+    values = plan.divergence.parameters()
+    parameters = (ctypes.c_float * max(1, len(values)))(*values)
+
+    def run(
+        zs: Tensor,
+        zt: Tensor,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        labels: Tensor | None,
+        row_scale: Tensor,
+        plan: Plan,
+        want_grad: bool,
+        out: Tensor,
+    ) -> None:
+        arguments = (
+            ctypes.c_int64(zs.shape[1]),
+            _pointer(zs),
+            _pointer(zt),
+            _pointer(bias_s),
+            _pointer(bias_t),
+            ctypes.c_float(plan.student_scale),
+            ctypes.c_float(plan.student_softcap or 0.0),
+            ctypes.c_float(plan.teacher_scale),
+            ctypes.c_float(plan.teacher_softcap or 0.0),
+            _pointer(labels),
+            _pointer(row_scale),
+            ctypes.c_float(1.0 / plan.temperature),
+            ctypes.c_float(plan.slope_coefficient),
+            ctypes.c_float(plan.ce_weight),
+            parameters,
+            _pointer(out),
+            ctypes.c_int(want_grad),
+        )
+        _parallel(native, zs.shape[0], arguments)
+
+    return run
+
+
+def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
+    function = compiler.load(compiler.cross_entropy_source(), "cross_entropy_rows") if dtype == torch.float32 else None
+    if function is None:
+        return eager.cross_entropy_rows
+    native = function
+
+    def run(
+        z: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        labels: Tensor,
+        row_scale: Tensor,
+        want_grad: bool,
+        out: Tensor,
+    ) -> None:
+        arguments = (
+            ctypes.c_int64(z.shape[1]),
+            _pointer(z),
+            _pointer(bias),
+            ctypes.c_float(scale),
+            ctypes.c_float(softcap or 0.0),
+            _pointer(labels),
+            _pointer(row_scale),
+            _pointer(out),
+            ctypes.c_int(want_grad),
+        )
+        _parallel(native, z.shape[0], arguments)
+
+    return run
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or tensor.is_contiguous()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _parallel(function: Callable[..., None], rows: int, arguments: tuple[object, ...]) -> None:
+    """Run the kernel over contiguous shares of the rows, one thread a share; ctypes releases the GIL."""
+    threads = min(torch.get_num_threads(), rows)
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    shares = [(ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    waiting = [_pool(threads).submit(function, *share, *arguments) for share in shares[1:]]
+    function(*shares[0], *arguments)
+    for task in waiting:
+        task.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="pocl-rows")
+
+
+# A forked child inherits the pool's bookkeeping but not its threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,117 @@
+"""Compiles the row kernels with the machine's C compiler, once, and loads them.
+
+The sources are this package's own files plus the code printed from a divergence's definition. A shared library is kept in a
+folder that only the user can write (``$POCL_CACHE``, default ``~/.cache/pocl/kernels``), named by the hash of everything
+that shaped it. Without a compiler, or with ``POCL_CPU_COMPILER=none``, :func:`load` returns None and the eager path serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from pocl_kernels.scalar import Program
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+C_SYNTAX = {
+    "const": "({0}f)",
+    "add": "({} + {})",
+    "sub": "({} - {})",
+    "mul": "({} * {})",
+    "div": "({} / {})",
+    "neg": "(-{})",
+    "lt": "({} < {})",
+    "eq": "({} == {})",
+    "where": "({} ? {} : {})",
+    "exp": "f_exp({})",
+    "log": "f_log({})",
+    "abs": "fabsf({})",
+}
+
+
+def divergence_source(program: Program) -> str:
+    """C source of the divergence row kernel for one traced definition."""
+    uniform, body = program.render(C_SYNTAX, lambda name, expression: f"const float {name} = {expression};")
+    parameters = [f"const float {name} = param[{i}];" for i, name in enumerate(program.parameters)]
+    text = (SOURCES / "divergence_rows.c").read_text()
+    text = text.replace("/*UNIFORM*/", "\n    ".join(parameters + uniform))
+    return text.replace("/*BODY*/", "\n            ".join(body))
+
+
+def cross_entropy_source() -> str:
+    """C source of the cross-entropy row kernel."""
+    return (SOURCES / "cross_entropy_rows.c").read_text()
+
+
+@functools.cache
+def compiler() -> str | None:
+    """Path of the C compiler: ``$POCL_CPU_COMPILER``, ``$CC``, cc, gcc or clang; None if there is none or it is "none"."""
+    wanted = os.environ.get("POCL_CPU_COMPILER") or os.environ.get("CC")
+    if wanted == "none":
+        return None
+    return next((path for name in ((wanted,) if wanted else ("cc", "gcc", "clang")) if (path := shutil.which(name))), None)
+
+
+@functools.lru_cache(maxsize=256)
+def load(source: str, function: str) -> ctypes._CFuncPtr | None:
+    """The compiled ``function`` of ``source``, from the cache or made now; None without a working compiler."""
+    command = compiler()
+    if command is None:
+        return None
+    text = (SOURCES / "prelude.h").read_text() + source
+    key = hashlib.sha256("\0".join((text, *FLAGS, command, _machine())).encode()).hexdigest()[:24]
+    library = cache_folder() / f"{function}-{key}.so"
+    if not library.exists():
+        try:
+            _compile(command, text, library)
+        except (subprocess.CalledProcessError, OSError) as error:
+            detail = getattr(error, "stderr", "") or str(error)
+            warnings.warn(
+                f"{command} could not compile the CPU kernels, so the slower eager path serves "
+                f"(POCL_CPU_COMPILER=none silences this): {detail[-500:]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+    result = getattr(ctypes.CDLL(str(library)), function)
+    result.restype = None
+    return result
+
+
+def cache_folder() -> Path:
+    """Folder of the compiled kernels, made with mode 0700."""
+    root = os.environ.get("POCL_CACHE")
+    folder = Path(root) if root else Path.home() / ".cache" / "pocl"
+    folder = folder / "kernels"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _compile(command: str, text: str, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        source, result = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
+        source.write_text(text)
+        native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64", "ppc64le") else "-march=native"
+        arguments = [command, *FLAGS, native, str(source), "-o", str(result), "-lm"]
+        subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120)
+        os.replace(result, library)  # several processes may race: each writes its own file, the last rename wins
+
+
+@functools.cache
+def _machine() -> str:
+    # -march=native code must not be found by another kind of processor that shares the home folder.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = ""
+    return f"{platform.machine()} {platform.processor()} {features}"

@@ -1,0 +1,78 @@
+/* Rows of student and teacher projections -> divergence, cross-entropy, entropy, and the gradient in place.
+ *
+ *   u = z_s / T, v = z_t / T;  l = u - lse(u), r = v - lse(v);  D = sum value(l, r), c = sum slope(l, r)
+ *   dL/dz_s = w [A (slope - q c) + B (q_1 - 1[label])],  A = d_coef, B = ce_coef, q_1 = softmax(z_s)
+ *
+ * zs, zt [rows, V]: student and teacher projections, overwritten (zs by the gradient if want_grad, zt by scratch).
+ * One row at a time through three passes; a row pair of 8 V bytes is read from memory once and then from cache.
+ * Pass 1: both normalisers, 2 exponentials. Pass 2: D, c and, in place, q and the part of the gradient that needs no c.
+ * Pass 3: one multiply-add. The code between the markers is printed from the divergence's definition. */
+
+INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, float scale, int64_t label, float w, float A,
+                float B, const float *param, float *out, const int want_grad, const int with_ce, const int tempered) {
+    const lse_t S = log_sum_exp(zs, V, inv_T), R = log_sum_exp(zt, V, inv_T);
+    const lse_t S1 = with_ce && tempered ? log_sum_exp(zs, V, 1.0f) : S;
+    const float z_label = with_ce ? zs[label] : 0.0f;
+    const float inv_softcap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
+    const float wA = w * A, wB = w * B;
+    double D = 0.0, c = 0.0, H = 0.0;
+    float jacobian_label = scale;
+    if (with_ce && softcap > 0.0f) jacobian_label = scale * (1.0f - z_label * inv_softcap * z_label * inv_softcap);
+    /*UNIFORM*/
+    for (int64_t b = 0; b < V; b += BLOCK) {
+        const int64_t end = b + BLOCK < V ? b + BLOCK : V;
+        float d = 0.0f, cb = 0.0f, h = 0.0f;
+#pragma omp simd reduction(+ : d, cb, h)
+        for (int64_t j = b; j < end; j++) {
+            const float z = zs[j];
+            const float l = (z * inv_T - S.max) - S.log_sum;
+            const float r = (zt[j] * inv_T - R.max) - R.log_sum;
+            /*BODY*/
+            const float q = f_exp(l);
+            d += value;
+            cb += slope;
+            h -= q == 0.0f ? 0.0f : q * l;
+            if (want_grad) {
+                const float zc = z * inv_softcap;
+                const float J = scale * (1.0f - zc * zc);
+                float g = wA * slope;
+                if (with_ce) g += wB * (tempered ? f_exp((z - S1.max) - S1.log_sum) : q);
+                zt[j] = J * g;
+                zs[j] = J * q;
+            }
+        }
+        D += (double)d;
+        c += (double)cb;
+        H += (double)h;
+    }
+    if (want_grad) {
+        const float wAc = (float)((double)wA * c);
+#pragma omp simd
+        for (int64_t j = 0; j < V; j++) zs[j] = zt[j] - wAc * zs[j];
+        if (with_ce) zs[label] -= wB * jacobian_label;
+    }
+    out[0] = (float)D;
+    out[1] = with_ce ? (S1.max - z_label) + S1.log_sum : 0.0f;
+    out[2] = (float)H;
+}
+
+/* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 3]: D, CE, entropy. */
+void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, const float *bias_s, const float *bias_t,
+                     float scale_s, float softcap_s, float scale_t, float softcap_t, const int64_t *labels, const float *w,
+                     float inv_T, float A, float B, const float *param, float *out, int want_grad) {
+    for (int64_t i = first; i < last; i++) {
+        float *s = zs + i * V, *t = zt + i * V, *o = out + 3 * i;
+        transform(s, V, bias_s, scale_s, softcap_s);
+        transform(t, V, bias_t, scale_t, softcap_t);
+#define ROW(G, C, T) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, param, o, G, C, T)
+        if (want_grad) {
+            if (!labels) ROW(1, 0, 0);
+            else if (inv_T == 1.0f) ROW(1, 1, 0);
+            else ROW(1, 1, 1);
+        } else {
+            if (!labels) ROW(0, 0, 0);
+            else if (inv_T == 1.0f) ROW(0, 1, 0);
+            else ROW(0, 1, 1);
+        }
+    }
+}

@@ -1,0 +1,199 @@
+"""The divergences between a teacher's next-token distribution p and a student's q.
+
+Each is a sum over the vocabulary of ``value(l, r)`` with ``l = log q`` and ``r = log p``; its gradient needs only the
+*weighted slope* ``slope(l, r) = q dD/dq``. The kernels own the rest (softmax, temperature, chunks, parallelism):
+
+    D = sum_k value(l_k, r_k)     c = sum_k slope(l_k, r_k)     dD/dz_k = (slope(l_k, r_k) - q_k c) / T
+
+The slope is defined up to a multiple of q, which cancels. A new divergence is one frozen dataclass with these two
+functions, written in the language of :mod:`pocl_kernels.scalar`; its float fields are run-time parameters of the kernels,
+so that a schedule may change them at every step. Pass an instance wherever a name is accepted.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from pocl_kernels.scalar import Value, absolute, exp, kl_term, log_mixture, phi_series, sign, weighted, where
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence(abc.ABC):
+    """Base of all divergences: two scalar functions of the log-probabilities of one token."""
+
+    token: ClassVar[str]  # names the class in the arguments of the registered operators
+    classes: ClassVar[dict[str, type[Divergence]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.token = f"{cls.__module__}.{cls.__qualname__}#{len(Divergence.classes)}"
+        Divergence.classes[cls.token] = cls
+
+    def parameters(self) -> list[float]:
+        """The values of the fields: the run-time parameters of the kernels."""
+        return [float(getattr(self, f.name)) for f in dataclasses.fields(self)]
+
+    @abc.abstractmethod
+    def value(self, l: Value, r: Value) -> Value:
+        """The entry's share of D in nats; its sum over the vocabulary is the divergence. Never negative by choice."""
+
+    @abc.abstractmethod
+    def slope(self, l: Value, r: Value) -> Value:
+        """q dD/dq, up to a multiple of q. Must stay bounded where q or p underflows."""
+
+    def _check(self, field: str, low: float, high: float, *, open_ends: bool = False) -> None:
+        x = getattr(self, field)
+        inside = low < x < high if open_ends else low <= x <= high
+        if not inside:
+            brackets = "()" if open_ends else "[]"
+            raise ValueError(
+                f"{type(self).__name__}({field}={x!r}): {field} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p, q) = sum p (log p - log q): covers the teacher's modes (Hinton et al. 2015)."""
+
+    def value(self, l: Value, r: Value) -> Value:
+        return kl_term(exp(r), r, exp(l), l)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return -exp(r)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q, p) = sum q (log q - log p): seeks the teacher's main mode (MiniLLM, Gu et al. 2024)."""
+
+    def value(self, l: Value, r: Value) -> Value:
+        return kl_term(exp(l), l, exp(r), r)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return weighted(exp(l), l - r)
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewForwardKL(Divergence):
+    """KL(p, m) with m = skew p + (1 - skew) q (DistiLLM, Ko et al. 2024). ``skew`` in [0, 1), 0 is the forward KL."""
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check("skew", 0.0, 1.0 - 1e-6)
+
+    def value(self, l: Value, r: Value) -> Value:
+        m = log_mixture(r, l, self.skew)
+        return kl_term(exp(r), r, exp(m), m)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        # (1 - skew) q / m <= 1, so the product is bounded by p.
+        m = log_mixture(r, l, self.skew)
+        return -(1.0 - self.skew) * weighted(exp(r), exp(l - m))
+
+
+@dataclasses.dataclass(frozen=True)
+class SkewReverseKL(Divergence):
+    """KL(q, m) with m = skew q + (1 - skew) p (DistiLLM, Ko et al. 2024). ``skew`` in [0, 1), 0 is the reverse KL."""
+
+    skew: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._check("skew", 0.0, 1.0 - 1e-6)
+
+    def value(self, l: Value, r: Value) -> Value:
+        m = log_mixture(l, r, self.skew)
+        return kl_term(exp(l), l, exp(m), m)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        y = l - log_mixture(l, r, self.skew)
+        return weighted(exp(l), y - self.skew * exp(y))
+
+
+@dataclasses.dataclass(frozen=True)
+class JSD(Divergence):
+    """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: TRL's and GKD's generalised JSD. ``beta`` in (0, 1).
+
+    DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
+    """
+
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check("beta", 0.0, 1.0, open_ends=True)
+
+    def value(self, l: Value, r: Value) -> Value:
+        m = log_mixture(r, l, self.beta)
+        return self.beta * kl_term(exp(r), r, exp(m), m) + (1.0 - self.beta) * kl_term(exp(l), l, exp(m), m)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return (1.0 - self.beta) * weighted(exp(l), l - log_mixture(r, l, self.beta))
+
+
+@dataclasses.dataclass(frozen=True)
+class TVD(Divergence):
+    """Total variation distance, half the L1 distance of p and q; in [0, 1]."""
+
+    def value(self, l: Value, r: Value) -> Value:
+        difference = exp(l) - exp(r)
+        return 0.5 * sign(difference) * difference
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return 0.5 * weighted(exp(l), sign(l - r))
+
+
+@dataclasses.dataclass(frozen=True)
+class Jeffreys(Divergence):
+    """KL(p, q) + KL(q, p), the symmetric KL."""
+
+    def value(self, l: Value, r: Value) -> Value:
+        return weighted(exp(r) - exp(l), r - l)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return weighted(exp(l), l - r) - exp(r)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alpha(Divergence):
+    """Amari's alpha-divergence (1 - sum p^a q^(1-a)) / (a (1 - a)), a = ``alpha`` in (0, 1); a -> 1 is the forward KL."""
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check("alpha", 0.0, 1.0, open_ends=True)
+
+    def value(self, l: Value, r: Value) -> Value:
+        a, b = self.alpha, 1.0 - self.alpha
+        # With d = l - r the closed form is p (b phi(d) - phi(b d)); near d = 0 only the series keeps its digits.
+        d = l - r
+        near = exp(r) * (b * phi_series(d) - phi_series(b * d))
+        far = a * exp(r) + b * exp(l) - exp(a * r + b * l)
+        return where(absolute(d) < 0.5, near, far) / (a * b)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        a = self.alpha
+        return -exp(a * r + (1.0 - a) * l) / a
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {
+    "fkl": ForwardKL,
+    "rkl": ReverseKL,
+    "skew_fkl": SkewForwardKL,
+    "skew_rkl": SkewReverseKL,
+    "jsd": JSD,
+    "tvd": TVD,
+    "jeffreys": Jeffreys,
+    "alpha": Alpha,
+}
+
+
+def get_divergence(divergence: str | Divergence) -> Divergence:
+    """An instance from a name (with the defaults) or the instance itself. Raises ``ValueError`` for an unknown name."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"divergence={divergence!r}: expected one of {', '.join(DIVERGENCES)} or an instance of pocl_kernels.Divergence"
+        )
+    return DIVERGENCES[divergence]()

@@ -1,0 +1,52 @@
+"""The output projection of a language model: everything between its last hidden state and its logits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``.
+
+    Args:
+        weight: ``[V, H]``, any floating dtype.
+        bias: ``[V]`` or None (Phi, GPT-J have one).
+        scale: factor on the projection (Cohere multiplies by it; Granite's ``logits_scaling`` is its inverse).
+        softcap: Gemma's soft cap, in units of the scaled logits; None for none.
+
+    Raises:
+        ValueError: if the shapes do not fit or the softcap is not positive.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2:
+            raise ValueError(f"Head.weight must be [vocabulary, hidden], got shape {tuple(self.weight.shape)}")
+        if self.bias is not None and tuple(self.bias.shape) != (self.weight.shape[0],):
+            raise ValueError(
+                f"Head.bias must be [{self.weight.shape[0]}], one value a row of the weight, got shape {tuple(self.bias.shape)}"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"Head.softcap={self.softcap!r} must be positive; pass None for a head without one")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the weight, padding included."""
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of columns of the weight."""
+        return self.weight.shape[1]
+
+
+def as_head(head: Head | Tensor) -> Head:
+    """A bare ``[V, H]`` weight is a head without bias, scale or softcap."""
+    return head if isinstance(head, Head) else Head(head)

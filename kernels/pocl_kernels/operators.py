@@ -1,0 +1,148 @@
+"""The two registered operators, ``pocl::linear_divergence`` and ``pocl::linear_cross_entropy``: dispatch to a backend.
+
+Opaque to torch.compile (they carry fake implementations, so ``fullgraph=True`` holds) and free of autograd: they return the
+per-row results and, where asked, the gradients of ``sum row_scale * loss``; :mod:`pocl_kernels.autograd` attaches those.
+A gradient that was not asked for is an empty tensor, since an operator cannot return None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pocl_kernels.cpu import backend as cpu_backend
+from pocl_kernels.divergences import Divergence
+from pocl_kernels.plan import Gradients, Plan
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("pocl::linear_divergence", mutates_args=())
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    divergence: str,
+    parameters: Sequence[float],
+    temperature: float,
+    divergence_factor: float,
+    ce_weight: float,
+    ignore_index: int,
+    scales_and_softcaps: Sequence[float],  # student scale, student softcap (0: none), teacher scale, teacher softcap
+    workspace_mb: float,
+    wanted: Sequence[bool],  # gradients of hidden, weight, bias
+) -> Six:
+    student_scale, student_softcap, teacher_scale, teacher_softcap = scales_and_softcaps
+    plan = Plan(
+        divergence=Divergence.classes[divergence](*parameters),
+        temperature=temperature,
+        divergence_factor=divergence_factor,
+        ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        student_scale=student_scale,
+        student_softcap=student_softcap or None,
+        teacher_scale=teacher_scale,
+        teacher_softcap=teacher_softcap or None,
+        workspace_mb=workspace_mb,
+    )
+    rows = cpu_backend.linear_divergence(
+        student_hidden,
+        student_weight,
+        student_bias,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        labels,
+        row_scale,
+        plan,
+        Gradients(*wanted),
+    )
+    d, ce, entropy = (x.contiguous() for x in rows[:3])
+    return d, ce, entropy, *(_or_empty(g, d) for g in rows[3:])  # type: ignore[return-value]
+
+
+@linear_divergence.register_fake
+def _(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    divergence: str,
+    parameters: Sequence[float],
+    temperature: float,
+    divergence_factor: float,
+    ce_weight: float,
+    ignore_index: int,
+    scales_and_softcaps: Sequence[float],
+    workspace_mb: float,
+    wanted: Sequence[bool],
+) -> Six:
+    dtype = compute_dtype(student_hidden, teacher_hidden)
+    rows = student_hidden.shape[0]
+    d, ce, entropy = (student_hidden.new_empty(rows, dtype=dtype) for _ in range(3))
+    return d, ce, entropy, *_fake_gradients(student_hidden, student_weight, wanted, dtype)
+
+
+@torch.library.custom_op("pocl::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_scale: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,  # 0: none
+    workspace_mb: float,
+    wanted: Sequence[bool],
+) -> Four:
+    result = cpu_backend.linear_cross_entropy(
+        hidden, weight, bias, labels, row_scale, ignore_index, scale, softcap or None, workspace_mb, Gradients(*wanted)
+    )
+    return result[0], *(_or_empty(g, result[0]) for g in result[1:])  # type: ignore[return-value]
+
+
+@linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_scale: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+    workspace_mb: float,
+    wanted: Sequence[bool],
+) -> Four:
+    dtype = compute_dtype(hidden)
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), *_fake_gradients(hidden, weight, wanted, dtype)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if any of the tensors has it."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, wanted: Sequence[bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (tuple(hidden.shape), tuple(weight.shape), (weight.shape[0],))
+    made = [hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wanted, strict=True)]
+    return made[0], made[1], made[2]
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient

@@ -1,0 +1,54 @@
+"""What one fused call asks of a backend: run-time numbers and choices, no tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pocl_kernels.divergences import Divergence
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a backend needs besides the tensors; see :func:`pocl_kernels.fused_linear_divergence` for the meaning."""
+
+    divergence: Divergence
+    temperature: float
+    divergence_factor: float  # (1 - ce_weight) * T^2, or without the T^2
+    ce_weight: float
+    ignore_index: int
+    student_scale: float
+    student_softcap: float | None
+    teacher_scale: float
+    teacher_softcap: float | None
+    workspace_mb: float
+
+    @property
+    def slope_coefficient(self) -> float:
+        """Factor of ``slope - q c`` in the gradient with respect to the student's transformed logits."""
+        return self.divergence_factor / self.temperature
+
+
+class Gradients(NamedTuple):
+    """Which gradients a call wants."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Rows(NamedTuple):
+    """A backend's answer: per-row results ``[N]`` (0 for ignored rows) and the gradients of ``sum row_scale * loss``.
+
+    Gradients have the compute dtype (float32, or float64 for float64 inputs), not the dtype of the inputs: the caller
+    multiplies by the upstream gradient before rounding. None where they were not wanted.
+    """
+
+    divergence: Tensor
+    cross_entropy: Tensor
+    entropy: Tensor
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None

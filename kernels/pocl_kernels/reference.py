@@ -1,0 +1,129 @@
+"""The oracle: every loss of this package in plain float64 PyTorch, to be checked against MATH.md's table by eye.
+
+Full logits, autograd, textbook formulas, no code shared with the kernels. Slow, and right. Every kernel test compares with
+this file; it is not used anywhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pocl_kernels.head import Head, as_head
+from pocl_kernels.output import DivergenceOutput
+
+
+def log_probabilities(hidden: Tensor, head: Head | Tensor, temperature: float, vocab_size: int) -> Tensor:
+    """``log softmax(logits / temperature)`` in float64 over the first ``vocab_size`` tokens: ``[N, vocab_size]``."""
+    head = as_head(head)
+    logits = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = head.scale * logits
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.log_softmax(logits[:, :vocab_size] / temperature, dim=-1)
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a, b) of each row, 0 log 0 = 0."""
+    a = log_a.exp()
+    return torch.where(a > 0, a * (log_a - log_b), 0.0).sum(-1)
+
+
+def log_mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b)."""
+    return torch.logaddexp(log_a + torch.tensor(weight).double().log(), log_b + torch.tensor(1 - weight).double().log())
+
+
+def divergence_rows(name: str, l: Tensor, r: Tensor, **parameters: float) -> Tensor:
+    """D of each row from the student's log-probabilities ``l`` and the teacher's ``r``, by its definition."""
+    p, q = r.exp(), l.exp()
+    if name == "fkl":
+        return kl(r, l)
+    if name == "rkl":
+        return kl(l, r)
+    if name == "skew_fkl":
+        return kl(r, log_mix(r, l, parameters.get("skew", 0.1)))
+    if name == "skew_rkl":
+        return kl(l, log_mix(l, r, parameters.get("skew", 0.1)))
+    if name == "jsd":
+        beta = parameters.get("beta", 0.5)
+        m = log_mix(r, l, beta)
+        return beta * kl(r, m) + (1 - beta) * kl(l, m)
+    if name == "tvd":
+        return 0.5 * (p - q).abs().sum(-1)
+    if name == "jeffreys":
+        return kl(r, l) + kl(l, r)
+    if name == "alpha":
+        a = parameters.get("alpha", 0.5)
+        # Written over p and q themselves; 1 = sum (a p + (1 - a) q) keeps the float64 digits of a small divergence.
+        return (a * p + (1 - a) * q - p**a * q ** (1 - a)).sum(-1) / (a * (1 - a))
+    raise ValueError(f"the reference knows no divergence {name!r}")
+
+
+def fused_linear_divergence(
+    student_hidden: Tensor,
+    student_head: Head | Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Head | Tensor,
+    *,
+    divergence: str = "fkl",
+    temperature: float = 1.0,
+    scale_by_temperature: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    ce_weight: float = 0.0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    **parameters: float,
+) -> DivergenceOutput:
+    """The same contract as :func:`pocl_kernels.fused_linear_divergence`, in float64. ``parameters``: skew, beta, alpha."""
+    shape = student_hidden.shape[:-1]
+    student_head, teacher_head = as_head(student_head), as_head(teacher_head)
+    vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
+    hs, ht = student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    n = hs.shape[0]
+    valid = torch.ones(n, dtype=torch.bool) if labels is None else labels.reshape(-1) != ignore_index
+    weight = torch.ones(n).double() if token_weight is None else token_weight.reshape(-1).double()
+    hs, ht, weight = hs[valid], ht[valid], weight[valid]
+
+    l = log_probabilities(hs, student_head, temperature, vocab_size)
+    r = log_probabilities(ht, teacher_head, temperature, vocab_size).detach()
+    d = divergence_rows(divergence, l, r, **parameters)
+    entropy = -torch.where(l.exp() > 0, l.exp() * l, 0.0).sum(-1)
+    ce = None
+    if labels is not None:
+        l1 = log_probabilities(hs, student_head, 1.0, vocab_size)
+        ce = -l1.gather(-1, labels.reshape(-1)[valid][:, None]).squeeze(-1)
+    loss = d * (temperature**2 if scale_by_temperature else 1.0)
+    if ce is not None:
+        loss = (1 - ce_weight) * loss + ce_weight * ce
+
+    count = int(valid.sum())
+
+    def reduce(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        if reduction == "none":
+            return torch.zeros(n, dtype=torch.float64).masked_scatter(valid, rows * weight).reshape(shape)
+        total = (rows * weight).sum()
+        if reduction == "sum":
+            return total
+        return total / (max(count, 1) if normalizer is None else normalizer)
+
+    parts = {"loss": reduce(loss), "divergence": reduce(d), "cross_entropy": reduce(ce), "student_entropy": reduce(entropy)}
+    parts = {k: v if k == "loss" or v is None else v.detach() for k, v in parts.items()}
+    return DivergenceOutput(**parts, num_tokens=torch.tensor(count))  # type: ignore[arg-type]
+
+
+def divergence_names() -> tuple[str, ...]:
+    """The names :func:`divergence_rows` knows."""
+    return ("fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha")
+
+
+def relative_error(result: Tensor, oracle: Tensor) -> float:
+    """Norm of the difference over the norm of the oracle, both in float64: the judge of every exactness test."""
+    result, oracle = result.detach().double(), oracle.detach().double()
+    return float((result - oracle).norm() / oracle.norm().clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,271 @@
+"""The scalar language in which a divergence is written once and runs everywhere.
+
+A divergence is two functions of two numbers, the log-probabilities ``l = log q`` (student) and ``r = log p`` (teacher) of one
+vocabulary entry. They are written with ordinary arithmetic and the functions of this module, which accept
+
+* a ``torch.Tensor``: evaluated at once (eager CPU path, float64 checks),
+* a Python number: evaluated at once in double precision (constants such as ``log(1 - skew)``),
+* a :class:`Scalar`: recorded. :func:`trace` turns the recording into straight-line code that the C and the Triton
+  backends print in their own syntax, common subexpressions shared, run-time parameters hoisted out of the loop.
+
+``-inf`` is a legal log-probability (a masked token) and ``0 * inf`` must not appear: use :func:`weighted` for
+"probability times something" and :func:`kl_term` for the terms of a Kullback-Leibler divergence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Value = Any  # Tensor | float | Scalar: the language is deliberately duck-typed
+
+
+class Scalar:
+    """One node of a recorded expression; nodes of one :class:`Recorder` are unique, so identity is equality."""
+
+    __slots__ = ("args", "index", "op", "payload", "recorder", "uniform")
+
+    def __init__(self, recorder: Recorder, op: str, args: tuple[Scalar, ...], payload: float | str | None) -> None:
+        self.recorder, self.op, self.args, self.payload = recorder, op, args, payload
+        self.index = len(recorder.nodes)
+        # A uniform node has one value for the whole kernel: it is computed once, outside the loop.
+        self.uniform = op in ("const", "param") or (bool(args) and all(a.uniform for a in args))
+
+    def __add__(self, other: Value) -> Scalar:
+        return self.recorder.node("add", self, other)
+
+    def __radd__(self, other: Value) -> Scalar:
+        return self.recorder.node("add", other, self)
+
+    def __sub__(self, other: Value) -> Scalar:
+        return self.recorder.node("sub", self, other)
+
+    def __rsub__(self, other: Value) -> Scalar:
+        return self.recorder.node("sub", other, self)
+
+    def __mul__(self, other: Value) -> Scalar:
+        return self.recorder.node("mul", self, other)
+
+    def __rmul__(self, other: Value) -> Scalar:
+        return self.recorder.node("mul", other, self)
+
+    def __truediv__(self, other: Value) -> Scalar:
+        return self.recorder.node("div", self, other)
+
+    def __rtruediv__(self, other: Value) -> Scalar:
+        return self.recorder.node("div", other, self)
+
+    def __neg__(self) -> Scalar:
+        return self.recorder.node("neg", self)
+
+    def __pow__(self, exponent: int) -> Scalar:
+        if exponent != 2:
+            raise TypeError(f"only squares are available as a power, got ** {exponent}; write exp(y * log(x)) instead")
+        return self * self
+
+    def __lt__(self, other: Value) -> Scalar:
+        return self.recorder.node("lt", self, other)
+
+    def __gt__(self, other: Value) -> Scalar:
+        return self.recorder.node("lt", other, self)
+
+    def equals(self, other: Value) -> Scalar:
+        return self.recorder.node("eq", self, other)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a divergence cannot branch with `if`, `and`, `max`: use where(condition, a, b) and maximum(a, b)")
+
+
+class Recorder:
+    """Makes and shares the nodes of one recording."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Scalar] = []
+        self._known: dict[tuple[Any, ...], Scalar] = {}
+
+    def leaf(self, op: str, payload: float | str) -> Scalar:
+        return self._intern(op, (), payload)
+
+    def node(self, op: str, *args: Value) -> Scalar:
+        return self._intern(op, tuple(a if isinstance(a, Scalar) else self.leaf("const", float(a)) for a in args), None)
+
+    def _intern(self, op: str, args: tuple[Scalar, ...], payload: float | str | None) -> Scalar:
+        if isinstance(payload, float) and not math.isfinite(payload):
+            raise ValueError(f"a divergence must not contain the constant {payload}: guard with weighted() or where() instead")
+        key = (op, tuple(a.index for a in args), payload)
+        if key not in self._known:
+            node = Scalar(self, op, args, payload)
+            self.nodes.append(node)
+            self._known[key] = node
+        return self._known[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Straight-line code for ``value`` and ``slope``: what a backend prints.
+
+    ``nodes`` are in evaluation order and hold only what the two results need; ``parameters`` are the names of the
+    run-time parameters in the order in which the backend must pass them; ``key`` identifies the code.
+    """
+
+    nodes: tuple[Scalar, ...]
+    value: Scalar
+    slope: Scalar
+    parameters: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return "\n".join(f"{n.index}={n.op}{[a.index for a in n.args]}{n.payload!r}" for n in self.nodes) + (
+            f"\n{self.value.index},{self.slope.index},{self.parameters}"
+        )
+
+    def render(self, syntax: dict[str, str], declare: Callable[[str, str], str]) -> tuple[list[str], list[str]]:
+        """Print the program: lines for the uniform part (outside the loop) and lines for the body.
+
+        ``syntax`` maps each operation to a format string over its operands; ``declare(name, expression)`` prints one
+        assignment. The inputs are named ``l`` and ``r``, the results ``value`` and ``slope``, parameters by their names.
+        """
+        names: dict[int, str] = {}
+        head: list[str] = []
+        body: list[str] = []
+        for node in self.nodes:
+            if node.op == "const":
+                names[node.index] = syntax["const"].format(repr(node.payload))
+            elif node.op in ("input", "param"):
+                names[node.index] = str(node.payload)
+            else:
+                names[node.index] = f"t{node.index}"
+                expression = syntax[node.op].format(*(names[a.index] for a in node.args))
+                (head if node.uniform else body).append(declare(names[node.index], expression))
+        body.append(declare("value", names[self.value.index]))
+        body.append(declare("slope", names[self.slope.index]))
+        return head, body
+
+
+def trace(divergence: Any) -> Program:
+    """Record ``divergence.value`` and ``divergence.slope``; dataclass fields become run-time parameters."""
+    recorder = Recorder()
+    names = tuple(f.name for f in dataclasses.fields(divergence))
+    symbolic = object.__new__(type(divergence))
+    for name in names:
+        object.__setattr__(symbolic, name, recorder.leaf("param", name))
+    l, r = recorder.leaf("input", "l"), recorder.leaf("input", "r")
+    results = []
+    for function in ("value", "slope"):
+        result = getattr(symbolic, function)(l, r)
+        if isinstance(result, (int, float)):
+            result = recorder.leaf("const", float(result))
+        if not isinstance(result, Scalar):
+            raise TypeError(
+                f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the fields of the "
+                "divergence and the functions of pocl_kernels.scalar"
+            )
+        results.append(result)
+    needed: set[int] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node.index not in needed:
+            needed.add(node.index)
+            stack.extend(node.args)
+    return Program(tuple(n for n in recorder.nodes if n.index in needed), results[0], results[1], names)
+
+
+# --- The functions -------------------------------------------------------------------------------------------------------
+
+
+def _dispatch(op: str, tensor_function: Callable[..., Any], number_function: Callable[..., float], *args: Value) -> Value:
+    for a in args:
+        if isinstance(a, Scalar):
+            return a.recorder.node(op, *args)
+    if any(isinstance(a, torch.Tensor) for a in args):
+        return tensor_function(*args)
+    return number_function(*args)
+
+
+def exp(x: Value) -> Value:
+    """e^x."""
+    return _dispatch("exp", torch.exp, math.exp, x)
+
+
+def log(x: Value) -> Value:
+    """Natural logarithm; ``log(0) = -inf``."""
+    return _dispatch("log", torch.log, lambda v: math.log(v) if v > 0 else -math.inf, x)
+
+
+def absolute(x: Value) -> Value:
+    """|x|."""
+    return _dispatch("abs", torch.abs, abs, x)
+
+
+def maximum(x: Value, y: Value) -> Value:
+    """The larger of two, elementwise."""
+    return where(x < y, y, x)
+
+
+def where(condition: Value, a: Value, b: Value) -> Value:
+    """``a`` where the condition holds, else ``b``; both are evaluated."""
+    return _dispatch("where", torch.where, lambda c, x, y: x if c else y, condition, a, b)
+
+
+def equal(x: Value, y: Value) -> Value:
+    """x == y, elementwise."""
+    return _dispatch("eq", torch.eq, lambda a, b: a == b, x, y)
+
+
+def sign(x: Value) -> Value:
+    """-1, 0 or 1."""
+    return where(0.0 < x, 1.0, where(x < 0.0, -1.0, 0.0 * x))
+
+
+def log1p_unit(x: Value) -> Value:
+    """log(1 + x) for x in [0, 1], by 2 artanh(x / (2 + x)): branch-free, below 1 ulp of float32."""
+    if isinstance(x, torch.Tensor):
+        return torch.log1p(x)
+    if not isinstance(x, Scalar):
+        return math.log1p(x)
+    s = x / (2.0 + x)
+    s2 = s * s
+    series: Value = 1.0 / 17.0
+    for k in (15, 13, 11, 9, 7, 5, 3, 1):  # s <= 1/3, so the first neglected term is below 1e-9
+        series = series * s2 + 1.0 / k
+    return 2.0 * s * series
+
+
+def log_mixture(x: Value, y: Value, weight: Value) -> Value:
+    """log(weight e^x + (1 - weight) e^y) as a log-add-exp, exact at weight 0 and 1 and at -inf."""
+    a, b = log(weight) + x, log(1.0 - weight) + y
+    larger = maximum(a, b)
+    # Both -inf: their difference is NaN, the mixture is -inf.
+    return where(equal(a, b), larger + math.log(2.0), larger + log1p_unit(exp(-absolute(a - b))))
+
+
+def weighted(a: Value, x: Value) -> Value:
+    """a * x, and 0 where a is 0, whatever x is (0 log 0 = 0)."""
+    return where(equal(a, 0.0), 0.0, a * x)
+
+
+def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
+    """One term of KL(a, b) as ``a phi(log b - log a)``, ``phi(x) = e^x - 1 - x``: never negative (MATH.md, "Why phi").
+
+    Summed over the vocabulary it equals ``sum a (log a - log b)`` since both sum to one, without its cancellation.
+    """
+    x = log_b - log_a
+    near = a * phi_series(x)
+    far = b - a - a * x
+    return where(equal(a, 0.0), b, where(absolute(x) < 0.5, near, far))
+
+
+def phi_series(x: Value) -> Value:
+    """phi(x) = e^x - 1 - x for |x| < 1/2, to the last bit where the closed form cancels."""
+    # Terms of x^k / k! up to k = 9 reach float32 on |x| < 1/2, up to k = 17 float64.
+    top = 17 if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else 9
+    series: Value = 1.0 / math.factorial(top)
+    for k in range(top - 1, 1, -1):
+        series = series * x + 1.0 / math.factorial(k)
+    return x * x * series
+
