@@ -1,0 +1,97 @@
+"""The ranking against an example worked by hand, and its laws."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocl.difficulty import CROSS_ENTROPY, RESPONSE_LENGTH, ROUGE_L, Criterion, rank
+from pocl.difficulty.rank import ordinal_ranks
+
+
+def _scores(cross_entropy: list[float], rouge: list[float], **more: Any) -> Dataset:
+    ids = list(range(100, 100 + len(rouge)))
+    return Dataset.from_dict({"sample_id": ids, "cross_entropy": cross_entropy, "rouge_l": rouge, **more})
+
+
+def test_five_samples_with_ties_rank_as_worked_by_hand() -> None:
+    # ROUGE-L descending: 0.9 (sample 1), then the two 0.5 in their order (0, 3), 0.2 (2), 0.0 (4)
+    # cross-entropy ascending: 1.0 (3), the two 2.0 in their order (0, 1), 3.0 (4), 4.0 (2)
+    ranked = rank(_scores([2.0, 2.0, 4.0, 1.0, 3.0], [0.5, 0.9, 0.2, 0.5, 0.0]), num_subsets=2)
+    assert ranked["rank_rouge_l"][:] == [2, 1, 4, 3, 5]
+    assert ranked["rank_cross_entropy"][:] == [2, 3, 5, 1, 4]
+    pairs = [(2, 2), (1, 3), (4, 5), (3, 1), (5, 4)]
+    assert ranked["rrf_score"][:] == [1 / (60 + a) + 1 / (60 + b) for a, b in pairs]
+    # 1/61 + 1/63 > 2/62: samples 1 and 3 tie before sample 0; samples 2 and 4 tie behind it; ties keep their order
+    assert ranked["rank"][:] == [3, 1, 4, 2, 5]
+    assert ranked["subset"][:] == [1, 0, 1, 0, 1]  # parts of floor(5 / 2), the remainder in the last
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=30), st.booleans())
+def test_ordinal_ranks_are_a_stable_permutation(values: list[float], descending: bool) -> None:
+    ranks = ordinal_ranks(values, direction="descending" if descending else "ascending")
+    assert sorted(ranks) == list(range(1, len(values) + 1))
+    for i in range(len(values)):
+        for j in range(i):
+            first_is_easier = values[j] > values[i] if descending else values[j] < values[i]
+            assert (ranks[j] < ranks[i]) == (first_is_easier or values[i] == values[j])
+
+
+@pytest.mark.parametrize(("count", "subsets"), [(11, 4), (8, 4), (5, 5), (7, 1)])
+def test_parts_are_floor_n_over_k_and_the_last_takes_the_rest(count: int, subsets: int) -> None:
+    values = [float(i) for i in range(count)]
+    ranked = rank(_scores(values, values[::-1]), num_subsets=subsets)
+    sizes = [ranked["subset"][:].count(s) for s in range(subsets)]
+    assert sizes == [count // subsets] * (subsets - 1) + [count - (subsets - 1) * (count // subsets)]
+    assert ranked["subset"][:] == sorted(ranked["subset"][:])
+
+
+def test_quantile_parts_keep_equal_scores_together() -> None:
+    lengths = [1, 1, 1, 2, 3, 4, 5, 6]
+    criteria = [Criterion("num_tokens"), Criterion("cross_entropy", "descending")]
+    scores = _scores([float(x) for x in lengths], [0.0] * 8, num_tokens=lengths)
+    tied = rank(scores, criteria=criteria, partition="quantile", num_subsets=2)
+    for a in range(8):
+        for b in range(8):
+            if tied["rrf_score"][a] == tied["rrf_score"][b]:
+                assert tied["subset"][a] == tied["subset"][b]
+    assert set(tied["subset"][:]) == {0, 1}
+
+
+def test_weight_and_direction_of_a_criterion_decide() -> None:
+    scores = _scores([1.0, 2.0, 3.0], [0.1, 0.2, 0.3], num_tokens=[3, 2, 1])
+    assert rank(scores, criteria=[CROSS_ENTROPY], num_subsets=1)["rank"][:] == [1, 2, 3]
+    assert rank(scores, criteria=[RESPONSE_LENGTH], num_subsets=1)["rank"][:] == [3, 2, 1]
+    heavy = [CROSS_ENTROPY, {"column": "rouge_l", "direction": "descending", "weight": 5.0}]
+    assert rank(scores, criteria=heavy, num_subsets=1)["rank"][:] == [3, 2, 1]
+
+
+def test_ranking_again_replaces_the_columns() -> None:
+    once = rank(_scores([1.0, 2.0], [0.5, 0.4]), num_subsets=2)
+    assert rank(once, num_subsets=2).to_dict() == once.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_subsets": 3}, r"between 1 and the number of samples \(2\), got 3; use fewer stages"),
+        ({"num_subsets": 0}, "got 0"),
+        ({"k": -1}, "k must be finite and not negative, got -1"),
+        ({"criteria": []}, "criteria is empty"),
+        ({"criteria": [ROUGE_L, ROUGE_L]}, "name a column twice"),
+        ({"criteria": [Criterion("perplexity")]}, "lack the columns perplexity"),
+        ({"criteria": [{"column": "rouge_l", "direction": "up"}]}, "direction of criterion 'rouge_l' must be one of"),
+        ({"criteria": [{"column": "rouge_l", "weight": 0.0}]}, "weight of criterion 'rouge_l' must be positive"),
+        ({"partition": "size"}, "partition must be one of count, quantile, got 'size'"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rank(_scores([1.0, 2.0], [0.5, 0.4]), **{"num_subsets": 2, **options})
+
+
+def test_a_value_that_is_not_finite_names_its_sample() -> None:
+    with pytest.raises(ValueError, match="'cross_entropy' is not finite for sample 101"):
+        rank(_scores([1.0, float("nan")], [0.5, 0.4]), num_subsets=2)
