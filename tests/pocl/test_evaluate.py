@@ -69,7 +69,8 @@ def test_seeds_are_averaged(student: Any, tiny_tokenizer: Any, examples: Dataset
     own = load_examples([{"prompt": p, "completion": r} for p, r in zip(examples["prompt"], greedy, strict=True)])
     sampling = GenerationSettings(do_sample=True, temperature=0.3)
     one, two, both = (
-        _evaluate(student, tiny_tokenizer, own, generation=sampling, seeds=seeds).rouge_l for seeds in ([1], [2], [1, 2])
+        _evaluate(student, tiny_tokenizer, own, generation=sampling, seeds=seeds).rouge_l
+        for seeds in ([1], [2], [1, 2])
     )
     assert one != two
     assert both == pytest.approx((one + two) / 2)
