@@ -33,7 +33,8 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 def log_mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(weight a + (1 - weight) b)."""
-    return torch.logaddexp(log_a + torch.tensor(weight).double().log(), log_b + torch.tensor(1 - weight).double().log())
+    weights = torch.tensor([weight, 1 - weight], dtype=torch.float64).log()
+    return torch.logaddexp(log_a + weights[0], log_b + weights[1])
 
 
 def divergence_rows(name: str, l: Tensor, r: Tensor, **parameters: float) -> Tensor:

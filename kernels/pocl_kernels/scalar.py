@@ -223,7 +223,7 @@ def sign(x: Value) -> Value:
 
 
 def log1p_unit(x: Value) -> Value:
-    """log(1 + x) for x in [0, 1], by 2 artanh(x / (2 + x)): branch-free, below 1 ulp of float32."""
+    """log(1 + x) for x in [-1/2, 1], by 2 artanh(x / (2 + x)): branch-free, error about 1 ulp of float32."""
     if isinstance(x, torch.Tensor):
         return torch.log1p(x)
     if not isinstance(x, Scalar):
@@ -237,11 +237,17 @@ def log1p_unit(x: Value) -> Value:
 
 
 def log_mixture(x: Value, y: Value, weight: Value) -> Value:
-    """log(weight e^x + (1 - weight) e^y) as a log-add-exp, exact at weight 0 and 1 and at -inf."""
+    """log(weight e^x + (1 - weight) e^y), exact at weight 0 and 1 and at -inf.
+
+    Where x and y are near, as ``y + log1p(weight expm1(x - y))``: the mixture of two close numbers is then as close to them
+    as it should be, without the rounding of the weights' logarithms. Else a log-add-exp, which cannot overflow.
+    """
+    d = x - y
+    near = y + log1p_unit(weight * (d + phi_series(d)))
     a, b = log(weight) + x, log(1.0 - weight) + y
-    larger = maximum(a, b)
-    # Both -inf: their difference is NaN, the mixture is -inf.
-    return where(equal(a, b), larger + math.log(2.0), larger + log1p_unit(exp(-absolute(a - b))))
+    far = maximum(a, b) + log1p_unit(exp(-absolute(a - b)))
+    # Both -inf: d is NaN and the mixture is -inf.
+    return where(equal(x, y), y, where(absolute(d) < 0.5, near, far))
 
 
 def weighted(a: Value, x: Value) -> Value:
