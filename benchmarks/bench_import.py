@@ -1,6 +1,6 @@
 """What importing pocl costs on top of torch, in fresh interpreters.
 
-    python benchmarks/bench_import.py --runs 9      # a table
+    python -m benchmarks.bench_import --runs 9      # a table
     make bench                                      # as part of all benchmarks
 
 A test holds the bound: `import pocl` at most 0.3 s above `import torch`.

@@ -1,0 +1,161 @@
+"""The fused distillation loss, forward and backward, against its floor and against plain PyTorch.
+
+    python -m benchmarks.bench_loss                                          # two default shapes
+    python -m benchmarks.bench_loss --tokens 512 --vocab 151936 --student 896 --teacher 1536
+
+The floor is the four matrix products over valid rows that no exact method can save (student logits, teacher logits,
+gradient of the hidden states, gradient of the weight) and nothing else. Half of the labels are ignored, as in a batch
+of prompts and responses. Every implementation is checked against float64 before it is timed.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pocl
+from benchmarks.measure import interleaved, machine, peak_bytes
+
+SHAPES = ((1024, 49152, 576, 576), (512, 151936, 896, 1536))  # tokens, vocabulary, student's and teacher's hidden size
+TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of one case: hidden states [N, H], heads [V, H], labels [N] of which half are ignored."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        return self.labels != -100
+
+
+def make_problem(tokens: int, vocabulary: int, student: int, teacher: int, *, device: str = "cpu") -> Problem:
+    """A student near its teacher: their hidden states share the leading directions, whose sizes fall off."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shared = min(student, teacher)
+    spectrum = torch.arange(1, max(student, teacher) + 1).rsqrt()
+    teacher_hidden = normal(tokens, teacher) * spectrum[:teacher]
+    teacher_weight = normal(vocabulary, teacher)
+    student_hidden = 0.1 * normal(tokens, student) * spectrum[:student]
+    student_hidden[:, :shared] += teacher_hidden[:, :shared]
+    student_weight = 0.1 * normal(vocabulary, student)
+    student_weight[:, :shared] += teacher_weight[:, :shared]
+    labels = torch.randint(vocabulary, (tokens,), generator=generator)
+    labels[torch.randperm(tokens, generator=generator)[: tokens // 2]] = -100
+    tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
+    return Problem(*(tensor.to(device) for tensor in tensors))
+
+
+def floor(problem: Problem) -> None:
+    """The matrix products alone, a chunk of rows at a time, in the same memory as the fused loss."""
+    hidden, teacher = problem.student_hidden[problem.valid], problem.teacher_hidden[problem.valid]
+    grad_weight = torch.zeros_like(problem.student_weight)
+    for h, t in zip(hidden.split(256), teacher.split(256), strict=True):
+        logits = h @ problem.student_weight.T
+        torch.mm(t, problem.teacher_weight.T)
+        logits @ problem.student_weight
+        grad_weight.addmm_(logits.T, h)
+
+
+def eager(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Full logits and autograd."""
+    hidden = problem.student_hidden.detach().requires_grad_()
+    weight = problem.student_weight.detach().requires_grad_()
+    valid = problem.valid
+    student = torch.log_softmax(hidden[valid] @ weight.T / TEMPERATURE, -1)
+    teacher = torch.log_softmax(problem.teacher_hidden[valid] @ problem.teacher_weight.T / TEMPERATURE, -1)
+    loss = TEMPERATURE**2 * torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def fused(problem: Problem, divergence: str = "fkl") -> tuple[Tensor, Tensor, Tensor]:
+    """Ours."""
+    hidden = problem.student_hidden.detach().requires_grad_()
+    weight = problem.student_weight.detach().requires_grad_()
+    out = pocl.fused_linear_divergence(
+        hidden,
+        weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        labels=problem.labels,
+        divergence=divergence,
+        temperature=TEMPERATURE,
+    )
+    out.loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return out.loss.detach(), hidden.grad, weight.grad
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Tensor, Tensor, Tensor]]] = {
+    "pocl": fused,
+    "eager torch, full logits": eager,
+}
+
+
+def gradient_error(found: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Largest error of loss, hidden gradient and weight gradient, each relative to the norm of the expected."""
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+def report(shape: tuple[int, int, int, int], runs: int) -> None:
+    problem = make_problem(*shape)
+    exact = eager(Problem(*(t.double() if t.is_floating_point() else t for t in vars(problem).values())))
+    errors = {name: gradient_error(function(problem), exact) for name, function in IMPLEMENTATIONS.items()}
+    del exact
+    functions: dict[str, Callable[[], Any]] = {"floor": lambda: floor(problem)}
+    functions |= {name: (lambda f=function: f(problem)) for name, function in IMPLEMENTATIONS.items()}  # type: ignore[misc]
+    timings = interleaved(functions, runs)
+    tokens, vocabulary, student, teacher = shape
+    print(f"\n{tokens} tokens, half of them ignored; vocabulary {vocabulary}; hidden {student} <- {teacher}; float32")
+    print(f"{'':28}{'median':>10}{'spread':>9}{'/ floor':>9}{'peak':>10}{'error':>11}")
+    for name, timing in timings.items():
+        peak = peak_bytes(functions[name])
+        ratio = timing.median / timings["floor"].median
+        line = f"{name:28}{timing.median:>8.3f} s{100 * timing.spread:>7.1f} %{ratio:>9.2f}"
+        line += " " * 10 if peak is None else f"{peak / 2**20:>6.0f} MiB"
+        print(line if name == "floor" else f"{line}{errors[name]:>11.1e}")
+
+
+@pytest.mark.parametrize("name", ["floor", *IMPLEMENTATIONS])
+def test_forward_and_backward(benchmark: Any, name: str) -> None:
+    problem = make_problem(*SHAPES[0])
+    function: Callable[[Problem], Any] = floor if name == "floor" else IMPLEMENTATIONS[name]
+    benchmark.pedantic(function, args=(problem,), rounds=3, iterations=1, warmup_rounds=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, help="rows of hidden states")
+    parser.add_argument("--vocab", type=int, help="rows of both heads")
+    parser.add_argument("--student", type=int, help="the student's hidden size")
+    parser.add_argument("--teacher", type=int, help="the teacher's hidden size")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
+    options = parser.parse_args()
+    given = (options.tokens, options.vocab, options.student, options.teacher)
+    if any(given) and not all(given):
+        parser.error("give --tokens, --vocab, --student and --teacher together, or none of them")
+    print(machine())
+    for shape in (given,) if all(given) else SHAPES:
+        report(shape, options.runs)
+
+
+if __name__ == "__main__":
+    main()
