@@ -81,7 +81,9 @@ def fused_linear_divergence(
             "models must see the same tokens"
         )
     if teacher_hidden.requires_grad and torch.is_grad_enabled():
-        raise ValueError("teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()")
+        raise ValueError(
+            "teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()"
+        )
     vocab_size = shared_vocab_size(student_head.vocab_size, teacher_head.vocab_size)
     if not (isinstance(temperature, (int, float)) and temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature={temperature!r} must be a positive number")
@@ -93,7 +95,10 @@ def fused_linear_divergence(
     flat_labels = _flat_labels(labels, shape, ignore_index, vocab_size)
     row_scale, count = _row_scale(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
-    hidden, teacher = student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    hidden, teacher = (
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
+    )
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
     teacher_weight, teacher_bias = teacher_head.weight.detach(), _detach(teacher_head.bias)
     scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]

@@ -30,7 +30,14 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, row_scale: Tensor, run: Run, now: bool, total: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_scale: Tensor,
+        run: Run,
+        now: bool,
+        total: bool,
     ) -> tuple[Tensor, ...]:
         wanted = list(ctx.needs_input_grad[:3])
         result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False])
@@ -59,7 +66,5 @@ class FusedLoss(torch.autograd.Function):
                 for g in ready:
                     g.mul_(upstream)
             gradients = ready
-        result = [
-            g.to(x.dtype) if w else None for g, x, w in zip(gradients, inputs[:3], ctx.wanted, strict=True)
-        ]
+        result = [g.to(x.dtype) if w else None for g, x, w in zip(gradients, inputs[:3], ctx.wanted, strict=True)]
         return (*result, None, None, None, None)

@@ -114,7 +114,12 @@ def fused_linear_divergence(
             return total
         return total / (max(count, 1) if normalizer is None else normalizer)
 
-    parts = {"loss": reduce(loss), "divergence": reduce(d), "cross_entropy": reduce(ce), "student_entropy": reduce(entropy)}
+    parts = {
+        "loss": reduce(loss),
+        "divergence": reduce(d),
+        "cross_entropy": reduce(ce),
+        "student_entropy": reduce(entropy),
+    }
     parts = {k: v if k == "loss" or v is None else v.detach() for k, v in parts.items()}
     return DivergenceOutput(**parts, num_tokens=torch.tensor(count))  # type: ignore[arg-type]
 

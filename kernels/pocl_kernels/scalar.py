@@ -77,7 +77,9 @@ class Scalar:
         return self.recorder.node("eq", self, other)
 
     def __bool__(self) -> bool:
-        raise TypeError("a divergence cannot branch with `if`, `and`, `max`: use where(condition, a, b) and maximum(a, b)")
+        raise TypeError(
+            "a divergence cannot branch with `if`, `and`, `max`: use where(condition, a, b) and maximum(a, b)"
+        )
 
 
 class Recorder:
@@ -95,7 +97,9 @@ class Recorder:
 
     def _intern(self, op: str, args: tuple[Scalar, ...], payload: float | str | None) -> Scalar:
         if isinstance(payload, float) and not math.isfinite(payload):
-            raise ValueError(f"a divergence must not contain the constant {payload}: guard with weighted() or where() instead")
+            raise ValueError(
+                f"a divergence must not contain the constant {payload}: guard with weighted() or where() instead"
+            )
         key = (op, tuple(a.index for a in args), payload)
         if key not in self._known:
             node = Scalar(self, op, args, payload)
@@ -178,7 +182,9 @@ def trace(divergence: Any) -> Program:
 # --- The functions -------------------------------------------------------------------------------------------------------
 
 
-def _dispatch(op: str, tensor_function: Callable[..., Any], number_function: Callable[..., float], *args: Value) -> Value:
+def _dispatch(
+    op: str, tensor_function: Callable[..., Any], number_function: Callable[..., float], *args: Value
+) -> Value:
     for a in args:
         if isinstance(a, Scalar):
             return a.recorder.node(op, *args)
@@ -219,7 +225,7 @@ def equal(x: Value, y: Value) -> Value:
 
 def sign(x: Value) -> Value:
     """-1, 0 or 1."""
-    return where(0.0 < x, 1.0, where(x < 0.0, -1.0, 0.0 * x))
+    return where(x > 0.0, 1.0, where(x < 0.0, -1.0, 0.0 * x))
 
 
 def log1p_unit(x: Value) -> Value:
@@ -274,4 +280,3 @@ def phi_series(x: Value) -> Value:
     for k in range(top - 1, 1, -1):
         series = series * x + 1.0 / math.factorial(k)
     return x * x * series
-

@@ -21,7 +21,16 @@ from pathlib import Path
 from pocl_kernels.scalar import Program
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = (
+    "-O3",
+    "-std=c11",
+    "-fPIC",
+    "-shared",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+)
 C_SYNTAX = {
     "const": "({0}f)",
     "add": "({} + {})",
@@ -58,7 +67,9 @@ def compiler() -> str | None:
     wanted = os.environ.get("POCL_CPU_COMPILER") or os.environ.get("CC")
     if wanted == "none":
         return None
-    return next((path for name in ((wanted,) if wanted else ("cc", "gcc", "clang")) if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ((wanted,) if wanted else ("cc", "gcc", "clang")) if (path := shutil.which(name))), None
+    )
 
 
 @functools.lru_cache(maxsize=256)
