@@ -12,8 +12,8 @@ from pocl_kernels.divergences import get_divergence
 class DistillationLoss(torch.nn.Module):
     """``(1 - ce_weight) T^2 D(teacher, student) + ce_weight CE(labels)``, fused: no logits of either model exist.
 
-    ``temperature``, ``ce_weight`` and ``divergence`` may be changed between calls, so that a schedule is a plain assignment;
-    see :func:`pocl.fused_linear_divergence` for what they mean. The module has no parameters and no state.
+    ``temperature``, ``ce_weight`` and ``divergence`` may be changed between calls, so that a schedule is a plain
+    assignment; see :func:`pocl.fused_linear_divergence` for what they mean. The module has no parameters and no state.
 
     Example::
 

@@ -1,4 +1,6 @@
-"""Fused distillation losses for large vocabularies: exact divergences between two language models without their logits."""
+"""Fused distillation losses for large vocabularies: exact divergences between two language models without their
+logits.
+"""
 
 from pocl_kernels.api import fused_linear_cross_entropy, fused_linear_divergence
 from pocl_kernels.divergences import (

@@ -47,13 +47,13 @@ def fused_linear_divergence(
         student_hidden: ``[..., H_s]`` last hidden states of the student.
         student_head: :class:`Head`, or a bare ``[V, H_s]`` weight.
         teacher_hidden: ``[..., H_t]``, same leading shape; computed without gradient.
-        teacher_head: :class:`Head`, or a bare ``[V, H_t]`` weight. Vocabularies may differ by padding rows at the end: the
-            surplus rows take no probability and get a zero gradient.
+        teacher_head: :class:`Head`, or a bare ``[V, H_t]`` weight. Vocabularies may differ by padding rows at the end:
+            the surplus rows take no probability and get a zero gradient.
         divergence: a name (fkl, rkl, skew_fkl, skew_rkl, jsd, tvd, jeffreys, alpha) or a :class:`Divergence` instance.
         temperature: of both softmaxes, > 0.
         scale_by_temperature: multiply D by temperature^2 (Hinton et al. 2015), so that gradients keep their size.
-        labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``. Rows with ``ignore_index`` are dropped before any
-            matrix product.
+        labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``. Rows with ``ignore_index`` are dropped
+            before any matrix product.
         ce_weight: share of the cross-entropy on the labels, in [0, 1].
         token_weight: ``[...]`` factor on each token's loss; takes no gradient.
         reduction: "mean" over valid tokens, "sum", or "none" for the shape of the tokens.
@@ -64,8 +64,8 @@ def fused_linear_divergence(
         workspace_mb: bound on scratch memory in MiB, default 256.
 
     Returns:
-        :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states, weight
-        and bias, whichever require them, never to the teacher.
+        :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states,
+        weight and bias, whichever require them, never to the teacher.
 
     Raises:
         ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
@@ -106,10 +106,10 @@ def fused_linear_divergence(
 
     def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
         d, ce, entropy, *gradients = operators.linear_divergence(
-            h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature), factor,
-            float(ce_weight), ignore_index, scales, workspace_mb, wanted,
+            h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
+            factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted,
         )  # fmt: skip
-        return Result(factor * d + ce_weight * ce, (d, ce, entropy), tuple(gradients))  # type: ignore[arg-type]
+        return Result(factor * d + ce_weight * ce, (d, ce, entropy), tuple(gradients))
 
     now = memory != "low" and reduction != "none"
     with torch.autocast(hidden.device.type, enabled=False):
@@ -136,8 +136,9 @@ def fused_linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of a language model from hidden states, without its logits: scoring and supervised fine-tuning.
 
-    Equals ``torch.nn.functional.cross_entropy(logits, labels)`` over the valid tokens; arguments, reductions and errors as in
-    :func:`fused_linear_divergence`. Returns nats: a scalar, or ``[...]`` (0 at ignored positions) for ``reduction="none"``.
+    Equals ``torch.nn.functional.cross_entropy(logits, labels)`` over the valid tokens; arguments, reductions and
+    errors as in :func:`fused_linear_divergence`. Returns nats: a scalar, or ``[...]`` (0 at ignored positions) for
+    ``reduction="none"``.
     """
     head = as_head(head)
     _check_hidden("", hidden, head)
@@ -151,7 +152,7 @@ def fused_linear_cross_entropy(
         ce, *gradients = operators.linear_cross_entropy(
             h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted
         )
-        return Result(ce, (), tuple(gradients))  # type: ignore[arg-type]
+        return Result(ce, (), tuple(gradients))
 
     now = memory != "low" and reduction != "none"
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -164,7 +165,8 @@ def shared_vocab_size(student: int, teacher: int) -> int:
     """The number of tokens both vocabularies have, where they differ in padding rows at most.
 
     Raises:
-        ValueError: if the difference exceeds 1024 rows or an eighth of the smaller one: then they are different vocabularies.
+        ValueError: if the difference exceeds 1024 rows or an eighth of the smaller one: then they are different
+        vocabularies.
     """
     small, large = sorted((student, teacher))
     if large - small > min(1024, small // 8):
@@ -194,8 +196,10 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory={memory!r} must be one of {', '.join(MEMORY_MODES)}")
     if memory == "fast" and reduction == "none":
-        raise ValueError('memory="fast" computes gradients before the upstream gradient is known, which reduction="none" needs: '
-                         'use memory="low" or "auto"')  # fmt: skip
+        raise ValueError(
+            'memory="fast" computes gradients before the upstream gradient is known, which reduction="none" needs: use '
+            'memory="low" or "auto"'
+        )
     if workspace_mb is None:
         return float(DEFAULT_WORKSPACE_MB)
     if not workspace_mb > 0:

@@ -23,9 +23,9 @@ class Result(NamedTuple):
 class FusedLoss(torch.autograd.Function):
     """Loss of the rows, or their sum, with gradients for hidden states, weight and bias of the student.
 
-    With ``now`` the gradients are computed in the forward pass, for an upstream gradient of 1, while the logits are at hand.
-    The first backward pass scales them in place and gives them away, so that no second copy of a [V, H] gradient exists; a
-    further backward pass (``retain_graph=True``) computes them anew, as does every one without ``now``.
+    With ``now`` the gradients are computed in the forward pass, for an upstream gradient of 1, while the logits are at
+    hand. The first backward pass scales them in place and gives them away, so that no second copy of a [V, H] gradient
+    exists; a further backward pass (``retain_graph=True``) computes them anew, as does every one without ``now``.
     """
 
     @staticmethod
@@ -61,7 +61,8 @@ class FusedLoss(torch.autograd.Function):
             gradients = tuple(g * upstream for g in ready)
         else:
             ctx.ready = None
-            # On the CPU a look at the value costs nothing and saves a pass over [V, H]; elsewhere it would wait for the GPU.
+            # On the CPU a look at the value costs nothing and saves a pass over [V, H]; elsewhere it would wait for the
+            # GPU.
             if upstream.device.type != "cpu" or upstream.item() != 1.0:
                 for g in ready:
                     g.mul_(upstream)

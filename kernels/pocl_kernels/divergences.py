@@ -6,8 +6,8 @@ Each is a sum over the vocabulary of ``value(l, r)`` with ``l = log q`` and ``r 
     D = sum_k value(l_k, r_k)     c = sum_k slope(l_k, r_k)     dD/dz_k = (slope(l_k, r_k) - q_k c) / T
 
 The slope is defined up to a multiple of q, which cancels. A new divergence is one frozen dataclass with these two
-functions, written in the language of :mod:`pocl_kernels.scalar`; its float fields are run-time parameters of the kernels,
-so that a schedule may change them at every step. Pass an instance wherever a name is accepted.
+functions, written in the language of :mod:`pocl_kernels.scalar`; its float fields are run-time parameters of the
+kernels, so that a schedule may change them at every step. Pass an instance wherever a name is accepted.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class SkewReverseKL(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class JSD(Divergence):
-    """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: TRL's and GKD's generalised JSD. ``beta`` in (0, 1).
+    """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: TRL's and GKD's generalised JSD. ``beta`` in (0,
+    1).
 
     DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
     """
@@ -194,6 +195,7 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
         return divergence
     if divergence not in DIVERGENCES:
         raise ValueError(
-            f"divergence={divergence!r}: expected one of {', '.join(DIVERGENCES)} or an instance of pocl_kernels.Divergence"
+            f"divergence={divergence!r}: expected one of {', '.join(DIVERGENCES)} or an instance of a subclass of "
+            "pocl_kernels.Divergence"
         )
     return DIVERGENCES[divergence]()

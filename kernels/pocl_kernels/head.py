@@ -31,7 +31,8 @@ class Head:
             raise ValueError(f"Head.weight must be [vocabulary, hidden], got shape {tuple(self.weight.shape)}")
         if self.bias is not None and tuple(self.bias.shape) != (self.weight.shape[0],):
             raise ValueError(
-                f"Head.bias must be [{self.weight.shape[0]}], one value a row of the weight, got shape {tuple(self.bias.shape)}"
+                f"Head.bias must have shape ({self.weight.shape[0]},), one value a row of the weight, got "
+                f"{tuple(self.bias.shape)}"
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"Head.softcap={self.softcap!r} must be positive; pass None for a head without one")

@@ -1,8 +1,8 @@
 """The two registered operators, ``pocl::linear_divergence`` and ``pocl::linear_cross_entropy``: dispatch to a backend.
 
-Opaque to torch.compile (they carry fake implementations, so ``fullgraph=True`` holds) and free of autograd: they return the
-per-row results and, where asked, the gradients of ``sum row_scale * loss``; :mod:`pocl_kernels.autograd` attaches those.
-A gradient that was not asked for is an empty tensor, since an operator cannot return None.
+Opaque to torch.compile (they carry fake implementations, so ``fullgraph=True`` holds) and free of autograd: they
+return the per-row results and, where asked, the gradients of ``sum row_scale * loss``; :mod:`pocl_kernels.autograd`
+attaches those. A gradient that was not asked for is an empty tensor, since an operator cannot return None.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from pocl_kernels.divergences import Divergence
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a backend needs besides the tensors; see :func:`pocl_kernels.fused_linear_divergence` for the meaning."""
+    """Everything a backend needs besides the tensors; see :func:`pocl_kernels.fused_linear_divergence` for the
+    meaning.
+    """
 
     divergence: Divergence
     temperature: float

@@ -1,7 +1,7 @@
 """The oracle: every loss of this package in plain float64 PyTorch, to be checked against MATH.md's table by eye.
 
-Full logits, autograd, textbook formulas, no code shared with the kernels. Slow, and right. Every kernel test compares with
-this file; it is not used anywhere else.
+Full logits, autograd, textbook formulas, no code shared with the kernels. Slow, and right. Every kernel test compares
+with this file; it is not used anywhere else.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def fused_linear_divergence(
     normalizer: float | Tensor | None = None,
     **parameters: float,
 ) -> DivergenceOutput:
-    """The same contract as :func:`pocl_kernels.fused_linear_divergence`, in float64. ``parameters``: skew, beta, alpha."""
+    """The same contract as :func:`pocl_kernels.fused_linear_divergence`, in float64. ``parameters``: skew, beta,
+    alpha.
+    """
     shape = student_hidden.shape[:-1]
     student_head, teacher_head = as_head(student_head), as_head(teacher_head)
     vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)

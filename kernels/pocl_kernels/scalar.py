@@ -1,7 +1,7 @@
 """The scalar language in which a divergence is written once and runs everywhere.
 
-A divergence is two functions of two numbers, the log-probabilities ``l = log q`` (student) and ``r = log p`` (teacher) of one
-vocabulary entry. They are written with ordinary arithmetic and the functions of this module, which accept
+A divergence is two functions of two numbers, the log-probabilities ``l = log q`` (student) and ``r = log p`` (teacher)
+of one vocabulary entry. They are written with ordinary arithmetic and the functions of this module, which accept
 
 * a ``torch.Tensor``: evaluated at once (eager CPU path, float64 checks),
 * a Python number: evaluated at once in double precision (constants such as ``log(1 - skew)``),
@@ -33,7 +33,7 @@ class Scalar:
         self.recorder, self.op, self.args, self.payload = recorder, op, args, payload
         self.index = len(recorder.nodes)
         # A uniform node has one value for the whole kernel: it is computed once, outside the loop.
-        self.uniform = op in ("const", "param") or (bool(args) and all(a.uniform for a in args))
+        self.uniform: bool = op in ("const", "param") or (bool(args) and all(a.uniform for a in args))
 
     def __add__(self, other: Value) -> Scalar:
         return self.recorder.node("add", self, other)
@@ -131,7 +131,8 @@ class Program:
         """Print the program: lines for the uniform part (outside the loop) and lines for the body.
 
         ``syntax`` maps each operation to a format string over its operands; ``declare(name, expression)`` prints one
-        assignment. The inputs are named ``l`` and ``r``, the results ``value`` and ``slope``, parameters by their names.
+        assignment. The inputs are named ``l`` and ``r``, the results ``value`` and ``slope``, parameters by their
+        names.
         """
         names: dict[int, str] = {}
         head: list[str] = []
@@ -165,8 +166,8 @@ def trace(divergence: Any) -> Program:
             result = recorder.leaf("const", float(result))
         if not isinstance(result, Scalar):
             raise TypeError(
-                f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the fields of the "
-                "divergence and the functions of pocl_kernels.scalar"
+                f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the fields "
+                "of the divergence and the functions of pocl_kernels.scalar"
             )
         results.append(result)
     needed: set[int] = set()
@@ -179,7 +180,7 @@ def trace(divergence: Any) -> Program:
     return Program(tuple(n for n in recorder.nodes if n.index in needed), results[0], results[1], names)
 
 
-# --- The functions -------------------------------------------------------------------------------------------------------
+# --- The functions ----------------------------------------------------------------------------------------------------
 
 
 def _dispatch(
@@ -245,8 +246,8 @@ def log1p_unit(x: Value) -> Value:
 def log_mixture(x: Value, y: Value, weight: Value) -> Value:
     """log(weight e^x + (1 - weight) e^y), exact at weight 0 and 1 and at -inf.
 
-    Where x and y are near, as ``y + log1p(weight expm1(x - y))``: the mixture of two close numbers is then as close to them
-    as it should be, without the rounding of the weights' logarithms. Else a log-add-exp, which cannot overflow.
+    Where x and y are near, as ``y + log1p(weight expm1(x - y))``: the mixture of two close numbers is then as close to
+    them as it should be, without the rounding of the weights' logarithms. Else a log-add-exp, which cannot overflow.
     """
     d = x - y
     near = y + log1p_unit(weight * (d + phi_series(d)))

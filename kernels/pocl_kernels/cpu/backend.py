@@ -1,7 +1,7 @@
 """The CPU backend: token chunks, GEMMs into reused buffers, one fused row kernel between them.
 
-For N valid rows: S = 2 N V H_s, Te = 2 N V H_t flops; forward S + Te, each of dh and dW one S more: nothing is done twice.
-The logits of one chunk of rows exist at a time, in float32, student and teacher: 8 V bytes a row, bounded by
+For N valid rows: S = 2 N V H_s, Te = 2 N V H_t flops; forward S + Te, each of dh and dW one S more: nothing is done
+twice. The logits of one chunk of rows exist at a time, in float32, student and teacher: 8 V bytes a row, bounded by
 ``workspace_mb``. Heads in other dtypes are upcast in vocabulary slices; float64 inputs run in float64.
 """
 
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def linear_divergence(
     plan: Plan,
     wanted: Gradients,
 ) -> Rows:
-    """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see :class:`Rows`)."""
+    """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see
+    :class:`Rows`).
+    """
     V = min(student_weight.shape[0], teacher_weight.shape[0])
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     student = _Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
@@ -165,7 +168,7 @@ def _chunks(rows: Tensor, *, buffers: int, vocab_size: int, itemsize: int, works
         yield from rows.split(size)
 
 
-# --- Row kernels: compiled where that is possible -----------------------------------------------------------------------
+# --- Row kernels: compiled where that is possible ---------------------------------------------------------------------
 
 
 def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
@@ -254,7 +257,7 @@ def _parallel(function: Callable[..., None], rows: int, arguments: tuple[object,
     """Run the kernel over contiguous shares of the rows, one thread a share; ctypes releases the GIL."""
     threads = min(torch.get_num_threads(), rows)
     bounds = [rows * i // threads for i in range(threads + 1)]
-    shares = [(ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    shares = [(ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in pairwise(bounds)]
     waiting = [_pool(threads).submit(function, *share, *arguments) for share in shares[1:]]
     function(*shares[0], *arguments)
     for task in waiting:

@@ -1,8 +1,9 @@
 """Compiles the row kernels with the machine's C compiler, once, and loads them.
 
-The sources are this package's own files plus the code printed from a divergence's definition. A shared library is kept in a
-folder that only the user can write (``$POCL_CACHE``, default ``~/.cache/pocl/kernels``), named by the hash of everything
-that shaped it. Without a compiler, or with ``POCL_CPU_COMPILER=none``, :func:`load` returns None and the eager path serves.
+The sources are this package's own files plus the code printed from a divergence's definition. A shared library is kept
+in a folder that only the user can write (``$POCL_CACHE``, default ``~/.cache/pocl/kernels``), named by the hash of
+everything that shaped it. Without a compiler, or with ``POCL_CPU_COMPILER=none``, :func:`load` returns None and the
+eager path serves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from pocl_kernels.scalar import Program
@@ -63,7 +65,9 @@ def cross_entropy_source() -> str:
 
 @functools.cache
 def compiler() -> str | None:
-    """Path of the C compiler: ``$POCL_CPU_COMPILER``, ``$CC``, cc, gcc or clang; None if there is none or it is "none"."""
+    """Path of the C compiler: ``$POCL_CPU_COMPILER``, ``$CC``, cc, gcc or clang; None if there is none or it is
+    "none".
+    """
     wanted = os.environ.get("POCL_CPU_COMPILER") or os.environ.get("CC")
     if wanted == "none":
         return None
@@ -73,7 +77,7 @@ def compiler() -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def load(source: str, function: str) -> ctypes._CFuncPtr | None:
+def load(source: str, function: str) -> Callable[..., None] | None:
     """The compiled ``function`` of ``source``, from the cache or made now; None without a working compiler."""
     command = compiler()
     if command is None:
