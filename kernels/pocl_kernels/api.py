@@ -14,7 +14,7 @@ from pocl_kernels.divergences import Divergence, get_divergence
 from pocl_kernels.head import Head, as_head
 from pocl_kernels.output import DivergenceOutput
 
-DEFAULT_WORKSPACE_MB = 256
+DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
 
@@ -61,7 +61,7 @@ def fused_linear_divergence(
             gradient does not depend on accumulation, padding or world size.
         memory: "fast" computes gradients in the forward pass, "low" recomputes the logits in the backward pass; "auto"
             is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass.
-        workspace_mb: bound on scratch memory in MiB, default 256.
+        workspace_mb: bound on scratch memory in MiB, default 256, under "low" 96.
 
     Returns:
         :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states,
@@ -109,7 +109,9 @@ def fused_linear_divergence(
             h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
             factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted,
         )  # fmt: skip
-        return Result(factor * d + ce_weight * ce, (d, ce, entropy), tuple(gradients))
+        # A part without weight must not enter: 0 * inf is not 0.
+        loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
+        return Result(loss, (d, ce, entropy), tuple(gradients))
 
     now = memory != "low" and reduction != "none"
     with torch.autocast(hidden.device.type, enabled=False):
@@ -201,7 +203,7 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
             'memory="low" or "auto"'
         )
     if workspace_mb is None:
-        return float(DEFAULT_WORKSPACE_MB)
+        return DEFAULT_WORKSPACE_MB["low" if memory == "low" else "fast"]
     if not workspace_mb > 0:
         raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
     return float(workspace_mb)

@@ -157,7 +157,7 @@ class Jeffreys(Divergence):
 
 @dataclasses.dataclass(frozen=True)
 class Alpha(Divergence):
-    """Amari's alpha-divergence (1 - sum p^a q^(1-a)) / (a (1 - a)), a = ``alpha`` in (0, 1); a -> 1 is the forward KL."""
+    """Amari's alpha-divergence (1 - sum p^a q^(1-a)) / (a (1 - a)), a = ``alpha`` in (0, 1); a -> 1 is forward KL."""
 
     alpha: float = 0.5
 

@@ -65,7 +65,7 @@ def linear_divergence(
         plan,
         Gradients(*wanted),
     )
-    d, ce, entropy = (x.contiguous() for x in rows[:3])
+    d, ce, entropy = (x.clone() for x in rows[:3])  # an operator must not return views of one tensor
     return d, ce, entropy, *(_or_empty(g, d) for g in rows[3:])  # type: ignore[return-value]
 
 
