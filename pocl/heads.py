@@ -21,6 +21,9 @@ from pocl_kernels import Head
 
 IGNORE_INDEX = -100
 
+# The entries of a batch that a backbone takes.
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
 # (config field, exponent): the logits are multiplied by value ** exponent before the softcap.
 _SCALE_FIELDS = (
     ("logit_scale", 1),  # Cohere, Cohere 2
@@ -68,7 +71,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return backbone
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: Any) -> Head:
     """The projection to the vocabulary: weight [V, H], bias [V] or None, scale and softcap, gradients attached.
 
     The tensors are the model's parameters themselves (a tied weight is the embedding's), except where they cannot be: a
@@ -132,7 +135,7 @@ def verify_head(model: nn.Module, tolerance: float = 1e-3, length: int = 8) -> N
     """
     inner = unwrapped(model)
     device = inner.get_input_embeddings().weight.device
-    input_ids = torch.arange(1, length + 1, device=device).remainder(_text_config(inner).vocab_size).unsqueeze(0)
+    input_ids = (torch.arange(length, device=device) + 1).remainder(_text_config(inner).vocab_size).unsqueeze(0)
     was_training = inner.training
     inner.eval()
     try:

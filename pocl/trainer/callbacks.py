@@ -1,0 +1,76 @@
+"""A progress bar that shows the stage, and the stop at convergence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StageBar(TrainerCallback):
+    """One bar a stage, over optimizer steps: stage, temperature, loss, tokens per second.
+
+    Args:
+        trainer: the POCLTrainer, asked for its stage.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from tqdm.auto import tqdm
+
+        if state.is_world_process_zero:
+            stage, count = self.trainer.stage, len(self.trainer.curriculum.stages)
+            title = f"stage {stage.index + 1}/{count} T={stage.temperature:.2f}"
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=title, unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is not None and logs:
+            shown = {"loss": "loss", "eval_loss": "eval_loss", "tokens_per_second": "tok/s"}
+            self.bar.set_postfix({short: f"{logs[name]:.4g}" for name, short in shown.items() if name in logs})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Convergence(TrainerCallback):
+    """Ends a stage after `patience` evaluations without a better metric.
+
+    It reads the log that checkpoints keep, so a resumed run stops where the uninterrupted one does.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.reached(args, state)
+
+    def reached(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether the last `patience` evaluations brought nothing better than the one before them."""
+        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        values = [entry[name] for entry in state.log_history if name in entry]
+        sign = 1.0 if args.greater_is_better else -1.0
+        scores = [sign * value if math.isfinite(value) else -math.inf for value in values]
+        return len(scores) > self.patience and scores.index(max(scores)) < len(scores) - self.patience

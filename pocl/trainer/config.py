@@ -1,0 +1,61 @@
+"""`TrainingArguments` with the paper's optimizer settings, and what distillation adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy")
+
+
+@dataclass
+class POCLConfig(TrainingArguments):
+    """Settings of `POCLTrainer`: those of `transformers.TrainingArguments`, with other defaults, and a few of its own.
+
+    Defaults that differ are the paper's (learning rate 1e-4 falling to 1e-7 on a cosine, weight decay 0.01, clipping at
+    1.0) or follow from the trainer: epochs belong to the curriculum, no reporter is chosen unasked, and a machine
+    without an accelerator trains on the CPU.
+
+    Raises:
+        ValueError: `num_train_epochs` or `max_steps` is set: a `Stage` holds them; or an option contradicts that every
+            sample of a stage is trained on once an epoch.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of stages that name none."})
+    weight_decay: float = field(default=1e-2, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule within a stage."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"min_lr": 1e-7}, metadata={"help": "Arguments of the schedule."}
+    )
+    num_train_epochs: float = field(default=0.0, metadata={"help": "Must stay 0: epochs belong to the curriculum."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run here."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept in a stage; None keeps all."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Reporters, as in transformers."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are chosen by the collator."})
+    scale_by_temperature: bool = field(
+        default=True,
+        metadata={"help": "Multiply the divergence by the squared temperature, so gradients keep their size."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_train_epochs or self.max_steps > 0:
+            raise ValueError(
+                "num_train_epochs and max_steps belong to the curriculum here, which trains every stage for its own "
+                "number: leave them out and set epochs or max_steps in Curriculum.baby_step(...) or in each Stage "
+                f"(got num_train_epochs={self.num_train_epochs:g}, max_steps={self.max_steps})"
+            )
+        if self.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last must be False: an epoch trains on every sample of its stage once")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must be 0: soft labels come from the teacher")
+        # transformers takes every metric that does not end in "loss" for one to be raised
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if metric in LOWER_IS_BETTER and vars(self).get("greater_is_better") is None:
+            self.greater_is_better = False
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()

@@ -1,0 +1,93 @@
+"""The loss inside the student's forward, so that the hooks of DDP, FSDP, DeepSpeed and PEFT fire as for any forward."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pocl import heads
+from pocl_kernels import Divergence, Head, fused_linear_cross_entropy, fused_linear_divergence
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationLossCall:
+    """What the forward of the student needs to end in a loss.
+
+    Attributes:
+        labels: [B, L] in the Hugging Face convention.
+        teacher_hidden: [N, H_t] of the N positions that predict a label; None trains on the labels alone.
+        teacher_head: the teacher's projection; None together with `teacher_hidden`.
+        divergence, temperature, scale_by_temperature, kd_ratio: of the stage.
+        normalizer: number of label tokens that the sum is divided by.
+    """
+
+    labels: Tensor
+    teacher_hidden: Tensor | None
+    teacher_head: Head | None
+    divergence: Divergence
+    temperature: float
+    scale_by_temperature: bool
+    kd_ratio: float
+    normalizer: Tensor
+
+    def __call__(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        """Loss and figures of hidden states [B, L, H]; all divided by the normaliser, all but `loss` detached."""
+        labels = heads.shifted_labels(self.labels)
+        chosen = labels != heads.IGNORE_INDEX
+        hidden, labels = hidden[chosen], labels[chosen]
+        if self.teacher_hidden is None or self.teacher_head is None:
+            loss = fused_linear_cross_entropy(hidden, head, labels, reduction="mean", normalizer=self.normalizer)
+            return {"loss": loss, "cross_entropy": loss.detach()}
+        if len(hidden) != len(self.teacher_hidden):
+            raise ValueError(
+                f"teacher: it gave hidden states of {len(self.teacher_hidden)} positions for a batch with {len(hidden)}"
+                " label tokens; a cache must be built from the tokenised samples that are trained on"
+            )
+        output = fused_linear_divergence(
+            hidden,
+            head,
+            self.teacher_hidden,
+            self.teacher_head,
+            divergence=self.divergence,
+            temperature=self.temperature,
+            scale_by_temperature=self.scale_by_temperature,
+            labels=labels,
+            ce_weight=1.0 - self.kd_ratio,
+            normalizer=self.normalizer,
+        )
+        assert output.cross_entropy is not None
+        return {
+            "loss": output.loss,
+            "divergence": output.divergence,
+            "cross_entropy": output.cross_entropy,
+            "student_entropy": output.student_entropy,
+        }
+
+
+def install_fused_forward(model: nn.Module) -> None:
+    """Give the model's forward a keyword `distillation`: with it a dict of losses comes back, else all is as before.
+
+    The model inside PEFT's wrapper is changed, so adapters act as always. Installing again does nothing.
+    """
+    inner: Any = heads.unwrapped(model)
+    if hasattr(inner, "_forward_without_distillation"):
+        return
+    inner._forward_without_distillation = inner.forward
+
+    def forward(self: Any, *args: Any, distillation: DistillationLossCall | None = None, **kwargs: Any) -> Any:
+        if distillation is None:
+            return self._forward_without_distillation(*args, **kwargs)
+        inputs = {name: kwargs[name] for name in heads.MODEL_INPUTS if kwargs.get(name) is not None}
+        return distillation(heads.hidden_states(self, **inputs), heads.head_of(self))
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+def remove_fused_forward(model: nn.Module) -> None:
+    """Undo `install_fused_forward`."""
+    inner: Any = heads.unwrapped(model)
+    if "_forward_without_distillation" in vars(inner):
+        del inner.forward, inner._forward_without_distillation

@@ -1,0 +1,47 @@
+"""The student's weights as a folder that `from_pretrained` reads, whatever engine trained them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+
+def save_weights(trainer: Any, folder: Path) -> None:
+    """Write the student and its tokenizer; called on every process, as sharded weights are gathered.
+
+    Args:
+        trainer: the Trainer that holds the student.
+        folder: made if missing.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    state = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        model.save_pretrained(folder, state_dict=state)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(folder)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Put weights from `save_weights` or from a checkpoint into a model that no engine has wrapped yet.
+
+    Raises:
+        ValueError: the folder holds no weights, or weights of another model.
+    """
+    if hasattr(model, "get_base_model") and (folder / "adapter_config.json").exists():
+        model.load_adapter(str(folder), model.active_adapters[0], is_trainable=True)
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"no weights in {folder}; remove its folder to train the stage again")
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = set(missing) - set(getattr(model, "_tied_weights_keys", None) or ())
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} holds weights of another model (missing {sorted(missing)[:3]}, surplus {sorted(unexpected)[:3]})"
+            "; use the student that the run began with"
+        )

@@ -1,0 +1,135 @@
+"""The trainer on a tiny pair: what a stage trains on, what the loss is, what is logged."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pocl import heads
+from pocl.curriculum import Curriculum, Stage
+from pocl.data import Collator
+
+transformers = pytest.importorskip("transformers")
+
+
+def make(model: Any, teacher: Any, args: Any, rows: Any, **kwargs: Any) -> Any:
+    from pocl.trainer import POCLTrainer
+
+    return POCLTrainer(model, teacher, args, rows, **kwargs)
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def log_of(args: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(args.output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_curriculum_runs_to_its_end_and_lowers_the_divergence(student, teacher, config, rows, subsets) -> None:
+    args = config()
+    curriculum = Curriculum.baby_step(3, epochs=3)
+    trainer = make(student, teacher, args, rows, subsets=subsets, curriculum=curriculum)
+    output = trainer.train()
+    assert output.global_step == sum(curriculum.stage_steps(subsets, 4))
+    lines = [line for line in log_of(args) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, output.global_step + 1))
+    assert [line["stage"] for line in lines] == [0] * 6 + [1] * 12 + [2] * 18
+    assert {round(line["temperature"], 6) for line in lines if line["stage"] == 1} == {1.5}
+    assert lines[-1]["divergence"] < 0.7 * lines[0]["divergence"]
+    assert {"kd_ratio", "learning_rate", "cross_entropy", "student_entropy", "tokens_per_second", "epoch"} <= set(
+        lines[0]
+    )
+
+
+def test_the_first_logged_loss_is_the_formula_on_the_models_own_logits(student, teacher, config, rows, subsets) -> None:
+    stage = Stage(0, (0, 1, 2), epochs=1, temperature=2.0, kd_ratio=0.7)
+    args = config(per_device_train_batch_size=22)
+    batch = Collator(0)(rows)
+    labels = heads.shifted_labels(batch["labels"])
+    chosen = labels != -100
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        z_s, z_t = student(**inputs).logits[chosen].double(), teacher.model(**inputs).logits[chosen].double()
+    log_q, log_p = F.log_softmax(z_s / 2, -1), F.log_softmax(z_t / 2, -1)
+    divergence = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    expected = 0.3 * F.cross_entropy(z_s, labels[chosen]) + 0.7 * 4 * divergence
+    make(student, teacher, args, rows, subsets=subsets, curriculum=Curriculum((stage,))).train()
+    first = log_of(args)[0]
+    assert first["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert first["divergence"] == pytest.approx(divergence.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["accumulation", "padding"])
+def test_weights_do_not_depend_on(how: str, student, teacher, config, rows, subsets, tmp_path) -> None:
+    def result(folder: str, per_device: int, accumulation: int, collator: Any = None) -> torch.Tensor:
+        model = transformers.LlamaForCausalLM(student.config)
+        model.load_state_dict(student.state_dict())
+        args = config(
+            output_dir=str(tmp_path / folder),
+            per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=accumulation,
+        )
+        curriculum = Curriculum.baby_step(2, epochs=1)
+        make(
+            model, teacher, args, rows, subsets=[s % 2 for s in subsets], curriculum=curriculum, data_collator=collator
+        ).train()
+        return weights(model)
+
+    base = result("a", 6, 1)
+    other = result("b", 2, 3) if how == "accumulation" else result("c", 6, 1, Collator(0, pad_to_multiple_of=16))
+    assert not torch.equal(base, weights(student))
+    torch.testing.assert_close(base, other, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_train_on_their_subsets_once_an_epoch(student, teacher, config, rows, subsets) -> None:
+    trainer = make(student, teacher, config(), rows, subsets=subsets, curriculum=Curriculum.baby_step(3, epochs=1))
+    for stage in trainer.curriculum.stages:
+        trainer.stage = stage
+        seen = torch.cat([batch["sample_id"] for batch in trainer.get_train_dataloader()]).tolist()
+        expected = [row["sample_id"] for row, subset in zip(rows, subsets, strict=True) if subset <= stage.index]
+        assert sorted(seen) == expected
+        assert seen != expected
+
+
+def test_a_second_call_trains_nothing_and_restores_the_result(student, teacher, config, rows, subsets) -> None:
+    args, curriculum = config(), Curriculum.baby_step(2, epochs=1)
+    pairs = [s % 2 for s in subsets]
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    make(student, teacher, args, rows, subsets=pairs, curriculum=curriculum).train()
+    result, log = weights(student), log_of(args)
+    student.load_state_dict(start)
+    again = make(student, teacher, args, rows, subsets=pairs, curriculum=curriculum)
+    assert again.train().global_step == sum(curriculum.stage_steps(pairs, 4))
+    assert torch.equal(weights(student), result)
+    assert log_of(args) == log
+
+
+def test_evaluation_is_token_weighted_over_the_whole_set(student, teacher, config, rows, subsets) -> None:
+    trainer = make(student, teacher, config(), rows, subsets=subsets, curriculum=Curriculum.constant(num_subsets=3))
+    metrics = trainer.evaluate(rows)
+    batch = Collator(0)(rows)
+    labels = heads.shifted_labels(batch["labels"])
+    with torch.no_grad():
+        logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert metrics["eval_cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_model_generates_and_saves_as_ever_after_training(
+    student, teacher, config, rows, subsets, tmp_path
+) -> None:
+    trainer = make(
+        student, teacher, config(), rows, subsets=subsets, curriculum=Curriculum.constant(epochs=1, num_subsets=3)
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    prompt = torch.tensor([[5, 6, 7]])
+    student.eval()
+    generated = student.generate(prompt, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, loaded.generate(prompt, max_new_tokens=4, do_sample=False))
+    assert student(prompt, labels=prompt).loss is not None
