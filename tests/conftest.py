@@ -17,6 +17,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before the first kernel is imported, which
+# nothing does by now.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One seed for all machines; no deadline, since the cores are shared with other test workers.
 settings.register_profile(
     "pocl", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
