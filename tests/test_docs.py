@@ -73,6 +73,14 @@ def test_make_targets_of_a_page_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_commands_of_a_page_exist(page: Path) -> None:
+    from pocl.cli import app
+
+    commands = {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}
+    assert set(re.findall(r"(?:^ {4}|`)(?:\.venv/bin/)?pocl ([a-z-]+)", page.read_text(), re.MULTILINE)) <= commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     broken = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
     assert broken == []
