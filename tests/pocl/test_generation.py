@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pocl.generation import GenerationSettings, banned_tokens, choose, end_tokens, generate, uniforms
+from pocl.generation import GenerationSettings, NgramBan, choose, end_tokens, generate, uniforms
 
 EOS = [1]
 
@@ -40,18 +40,21 @@ def _generate(model: Any, prompts: list[list[int]], settings: GenerationSettings
     return generate(model, prompts, settings, eos_token_ids=EOS, progress=False, **options)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 64])
+@pytest.mark.parametrize("backend", ["slots", "transformers"])
+@pytest.mark.parametrize("batch_size", [1, 5, None])
 def test_greedy_answers_are_the_models_own_at_any_batch_size(
-    model: Any, prompts: list[list[int]], batch_size: int
+    model: Any, prompts: list[list[int]], batch_size: int | None, backend: str
 ) -> None:
     settings = GenerationSettings(max_new_tokens=12)
     expected = _one_by_one(model, prompts, max_new_tokens=12)
-    assert _generate(model, prompts, settings, batch_size=batch_size) == expected
+    assert _generate(model, prompts, settings, batch_size=batch_size, backend=backend) == expected
 
 
-def test_no_repeated_ngram_within_prompt_and_answer(model: Any, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("backend", ["slots", "transformers"])
+def test_no_repeated_ngram_within_prompt_and_answer(model: Any, prompts: list[list[int]], backend: str) -> None:
     free = _generate(model, prompts, GenerationSettings(max_new_tokens=40))
-    bound = _generate(model, prompts, GenerationSettings(max_new_tokens=40, no_repeat_ngram_size=2))
+    settings = GenerationSettings(max_new_tokens=40, no_repeat_ngram_size=2)
+    bound = _generate(model, prompts, settings, backend=backend)
     assert bound != free
     assert bound == _one_by_one(model, prompts, max_new_tokens=40, no_repeat_ngram_size=2)
 
@@ -63,6 +66,7 @@ def test_a_sampled_answer_depends_on_seed_and_sample_id_alone(model: Any, prompt
     alone = [_generate(model, [p], settings, sample_ids=[i])[0] for p, i in zip(prompts, ids, strict=True)]
     backwards = _generate(model, prompts[::-1], settings, sample_ids=ids[::-1], batch_size=5)
     assert together == alone == backwards[::-1]
+    assert together == _generate(model, prompts, settings, sample_ids=ids, batch_size=5, backend="transformers")
     other = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.7, seed=6)
     assert _generate(model, prompts, other, sample_ids=ids) != together
 
@@ -105,10 +109,10 @@ def test_uniforms_are_a_function_of_seed_and_sample() -> None:
 
 
 def test_banned_tokens_complete_a_run_already_there() -> None:
-    assert banned_tokens([5, 6, 7, 5, 6], 3) == [7]
-    assert banned_tokens([5, 6, 7, 5, 6, 8, 5, 6], 3) == [7, 8]
-    assert banned_tokens([5, 6], 3) == []
-    assert banned_tokens([5, 6, 5], 1) == [5, 6, 5]
+    assert NgramBan(3, [5, 6, 7, 5, 6]).banned() == [7]
+    assert NgramBan(3, [5, 6, 7, 5, 6, 8, 5, 6]).banned() == [7, 8]
+    assert NgramBan(3, [5, 6]).banned() == []
+    assert NgramBan(1, [5, 6, 5]).banned() == [5, 6, 5]
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,53 @@
+"""How many rows fit: from what the cache of a row takes and what the machine has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pocl.generation.settings import text_config
+
+# Rows beyond which a step takes as much longer as it has rows. Two AVX2 cores are bound by arithmetic from 48 rows on;
+# a GPU still gains at several hundred.
+MAX_ROWS = {"cpu": 64, "cuda": 512}
+# Of the free memory, what the cache may take: the rest is for activations, logits and other programs.
+_SHARE = 0.5
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    meminfo = Path("/proc/meminfo")
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
+    free = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else 4 << 30
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text())))
+    return free
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Keys and values of one token in all layers."""
+    config: Any = text_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * next(model.parameters()).element_size()
+
+
+def rows_that_fit(model: nn.Module, tokens_per_row: int) -> int:
+    """Rows of the slot engine: what half of the free memory holds, at most `MAX_ROWS` of the device, at least one.
+
+    Args:
+        tokens_per_row: longest prompt and longest answer together.
+    """
+    device = next(model.parameters()).device
+    config = text_config(model)
+    # float32 logits and their copies while a token is chosen, beside the cache
+    row = tokens_per_row * cache_bytes_per_token(model) + 3 * 4 * config.vocab_size
+    return max(1, min(MAX_ROWS.get(device.type, MAX_ROWS["cuda"]), int(available_bytes(device) * _SHARE) // row))
