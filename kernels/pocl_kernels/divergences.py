@@ -25,6 +25,8 @@ class Divergence(abc.ABC):
 
     token: ClassVar[str]  # names the class in the arguments of the registered operators
     classes: ClassVar[dict[str, type[Divergence]]] = {}
+    kl_weights: ClassVar[tuple[float, float] | None] = None
+    """(a, b) where D = a KL(p, q) + b KL(q, p) for whatever parameters: D is then had in one pass over the vocabulary."""
 
     def __init_subclass__(cls) -> None:
         cls.token = f"{cls.__module__}.{cls.__qualname__}#{len(Divergence.classes)}"
@@ -56,6 +58,8 @@ class Divergence(abc.ABC):
 class ForwardKL(Divergence):
     """KL(p, q) = sum p (log p - log q): covers the teacher's modes (Hinton et al. 2015)."""
 
+    kl_weights = (1.0, 0.0)
+
     def value(self, l: Value, r: Value) -> Value:
         return kl_term(exp(r), r, exp(l), l)
 
@@ -66,6 +70,8 @@ class ForwardKL(Divergence):
 @dataclasses.dataclass(frozen=True)
 class ReverseKL(Divergence):
     """KL(q, p) = sum q (log q - log p): seeks the teacher's main mode (MiniLLM, Gu et al. 2024)."""
+
+    kl_weights = (0.0, 1.0)
 
     def value(self, l: Value, r: Value) -> Value:
         return kl_term(exp(l), l, exp(r), r)
@@ -147,6 +153,8 @@ class TVD(Divergence):
 @dataclasses.dataclass(frozen=True)
 class Jeffreys(Divergence):
     """KL(p, q) + KL(q, p), the symmetric KL."""
+
+    kl_weights = (1.0, 1.0)
 
     def value(self, l: Value, r: Value) -> Value:
         return weighted(exp(r) - exp(l), r - l)
