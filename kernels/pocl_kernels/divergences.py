@@ -16,7 +16,7 @@ import abc
 import dataclasses
 from typing import ClassVar
 
-from pocl_kernels.scalar import Value, absolute, exp, kl_term, log_mixture, phi_series, sign, weighted, where
+from pocl_kernels.scalar import Value, absolute, exp, kl_term, log_mixture, phi_series, share, sign, weighted, where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,12 @@ class SkewForwardKL(Divergence):
         self._check("skew", 0.0, 1.0 - 1e-6)
 
     def value(self, l: Value, r: Value) -> Value:
-        m = log_mixture(r, l, self.skew)
-        return kl_term(exp(r), r, exp(m), m)
+        p, q = exp(r), exp(l)
+        return kl_term(p, r, self.skew * p + (1.0 - self.skew) * q, log_mixture(r, l, self.skew))
 
     def slope(self, l: Value, r: Value) -> Value:
-        # (1 - skew) q / m <= 1, so the product is bounded by p.
-        m = log_mixture(r, l, self.skew)
-        return -(1.0 - self.skew) * weighted(exp(r), exp(l - m))
+        p, q = exp(r), exp(l)
+        return -(1.0 - self.skew) * p * share(q, self.skew * p + (1.0 - self.skew) * q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,20 +108,21 @@ class SkewReverseKL(Divergence):
         self._check("skew", 0.0, 1.0 - 1e-6)
 
     def value(self, l: Value, r: Value) -> Value:
-        m = log_mixture(l, r, self.skew)
-        return kl_term(exp(l), l, exp(m), m)
+        p, q = exp(r), exp(l)
+        return kl_term(q, l, self.skew * q + (1.0 - self.skew) * p, log_mixture(l, r, self.skew))
 
     def slope(self, l: Value, r: Value) -> Value:
-        y = l - log_mixture(l, r, self.skew)
-        return weighted(exp(l), y - self.skew * exp(y))
+        p, q = exp(r), exp(l)
+        ratio = share(q, self.skew * q + (1.0 - self.skew) * p)
+        # Not skew * ratio where skew is 0: the ratio may overflow there.
+        return weighted(q, l - log_mixture(l, r, self.skew) - weighted(self.skew, ratio))
 
 
 @dataclasses.dataclass(frozen=True)
 class JSD(Divergence):
-    """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: TRL's and GKD's generalised JSD. ``beta`` in (0,
-    1).
+    """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: the generalised JSD of GKD and TRL.
 
-    DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
+    ``beta`` in (0, 1). DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
     """
 
     beta: float = 0.5
@@ -131,8 +131,9 @@ class JSD(Divergence):
         self._check("beta", 0.0, 1.0, open_ends=True)
 
     def value(self, l: Value, r: Value) -> Value:
-        m = log_mixture(r, l, self.beta)
-        return self.beta * kl_term(exp(r), r, exp(m), m) + (1.0 - self.beta) * kl_term(exp(l), l, exp(m), m)
+        p, q, log_m = exp(r), exp(l), log_mixture(r, l, self.beta)
+        m = self.beta * p + (1.0 - self.beta) * q
+        return self.beta * kl_term(p, r, m, log_m) + (1.0 - self.beta) * kl_term(q, l, m, log_m)
 
     def slope(self, l: Value, r: Value) -> Value:
         return (1.0 - self.beta) * weighted(exp(l), l - log_mixture(r, l, self.beta))

@@ -127,12 +127,14 @@ class Program:
             f"\n{self.value.index},{self.slope.index},{self.parameters}"
         )
 
-    def render(self, syntax: dict[str, str], declare: Callable[[str, str], str]) -> tuple[list[str], list[str]]:
+    def render(
+        self, syntax: dict[str, str], declare: Callable[[str, str], str], *, given_exponentials: bool = False
+    ) -> tuple[list[str], list[str]]:
         """Print the program: lines for the uniform part (outside the loop) and lines for the body.
 
         ``syntax`` maps each operation to a format string over its operands; ``declare(name, expression)`` prints one
-        assignment. The inputs are named ``l`` and ``r``, the results ``value`` and ``slope``, parameters by their
-        names.
+        assignment. The inputs are named ``l`` and ``r``, the results ``value`` and ``slope``, the parameters as in
+        :attr:`parameters`. With ``given_exponentials`` the caller has ``q = e^l`` and ``p = e^r`` at hand.
         """
         names: dict[int, str] = {}
         head: list[str] = []
@@ -142,6 +144,8 @@ class Program:
                 names[node.index] = syntax["const"].format(repr(node.payload))
             elif node.op in ("input", "param"):
                 names[node.index] = str(node.payload)
+            elif given_exponentials and node.op == "exp" and node.args[0].op == "input":
+                names[node.index] = {"l": "q", "r": "p"}[str(node.args[0].payload)]
             else:
                 names[node.index] = f"t{node.index}"
                 expression = syntax[node.op].format(*(names[a.index] for a in node.args))
@@ -154,10 +158,11 @@ class Program:
 def trace(divergence: Any) -> Program:
     """Record ``divergence.value`` and ``divergence.slope``; dataclass fields become run-time parameters."""
     recorder = Recorder()
-    names = tuple(f.name for f in dataclasses.fields(divergence))
+    fields = [f.name for f in dataclasses.fields(divergence)]
+    names = tuple(f"k_{field}" for field in fields)  # no clash with a kernel's own variables
     symbolic = object.__new__(type(divergence))
-    for name in names:
-        object.__setattr__(symbolic, name, recorder.leaf("param", name))
+    for field, name in zip(fields, names, strict=True):
+        object.__setattr__(symbolic, field, recorder.leaf("param", name))
     l, r = recorder.leaf("input", "l"), recorder.leaf("input", "r")
     results = []
     for function in ("value", "slope"):
@@ -230,36 +235,34 @@ def sign(x: Value) -> Value:
 
 
 def log1p_unit(x: Value) -> Value:
-    """log(1 + x) for x in [-1/2, 1], by 2 artanh(x / (2 + x)): branch-free, error about 1 ulp of float32."""
+    """log(1 + x) for x in [0, 1], by 2 artanh(x / (2 + x)): branch-free, error about 1 ulp of float32."""
     if isinstance(x, torch.Tensor):
         return torch.log1p(x)
     if not isinstance(x, Scalar):
         return math.log1p(x)
     s = x / (2.0 + x)
     s2 = s * s
-    series: Value = 1.0 / 17.0
-    for k in (15, 13, 11, 9, 7, 5, 3, 1):  # s <= 1/3, so the first neglected term is below 1e-9
+    series: Value = 1.0 / 13.0
+    for k in (11, 9, 7, 5, 3, 1):  # s <= 1/3, so the first neglected term is below 1.4e-8
         series = series * s2 + 1.0 / k
     return 2.0 * s * series
 
 
 def log_mixture(x: Value, y: Value, weight: Value) -> Value:
-    """log(weight e^x + (1 - weight) e^y), exact at weight 0 and 1 and at -inf.
-
-    Where x and y are near, as ``y + log1p(weight expm1(x - y))``: the mixture of two close numbers is then as close to
-    them as it should be, without the rounding of the weights' logarithms. Else a log-add-exp, which cannot overflow.
-    """
-    d = x - y
-    near = y + log1p_unit(weight * (d + phi_series(d)))
+    """log(weight e^x + (1 - weight) e^y) as a log-add-exp; exact at weight 0 and 1 and at -inf."""
     a, b = log(weight) + x, log(1.0 - weight) + y
-    far = maximum(a, b) + log1p_unit(exp(-absolute(a - b)))
-    # Both -inf: d is NaN and the mixture is -inf.
-    return where(equal(x, y), y, where(absolute(d) < 0.5, near, far))
+    # Both -inf: their difference is NaN, the mixture is -inf.
+    return where(equal(a, b), a + math.log(2.0), maximum(a, b) + log1p_unit(exp(-absolute(a - b))))
 
 
 def weighted(a: Value, x: Value) -> Value:
     """a * x, and 0 where a is 0, whatever x is (0 log 0 = 0)."""
     return where(equal(a, 0.0), 0.0, a * x)
+
+
+def share(a: Value, b: Value) -> Value:
+    """a / b, and 0 where b is 0: the part that ``a`` has in a sum ``b`` of probabilities."""
+    return where(equal(b, 0.0), 0.0, a / b)
 
 
 def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
@@ -275,8 +278,8 @@ def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
 
 def phi_series(x: Value) -> Value:
     """phi(x) = e^x - 1 - x for |x| < 1/2, to the last bit where the closed form cancels."""
-    # Terms of x^k / k! up to k = 9 reach float32 on |x| < 1/2, up to k = 17 float64.
-    top = 17 if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else 9
+    # Terms of x^k / k! up to k = 8 reach float32 on |x| < 1/2 (the next is 4e-8 of the sum), up to k = 17 float64.
+    top = 17 if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else 8
     series: Value = 1.0 / math.factorial(top)
     for k in range(top - 1, 1, -1):
         series = series * x + 1.0 / math.factorial(k)

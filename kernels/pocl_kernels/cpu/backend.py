@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -22,6 +22,7 @@ from pocl_kernels.plan import Gradients, Plan, Rows
 from pocl_kernels.scalar import trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
+SCRATCH_BLOCK = 1024  # entries a block in prelude.h
 SLICE_ROWS = 4096  # vocabulary rows of a head that are upcast at a time
 
 
@@ -192,8 +193,11 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
         want_grad: bool,
         out: Tensor,
     ) -> None:
+        V = zs.shape[1]
+        threads = min(torch.get_num_threads(), zs.shape[0])
+        scratch = torch.empty(threads, 2 * V + 2 * -(-V // SCRATCH_BLOCK))
         arguments = (
-            ctypes.c_int64(zs.shape[1]),
+            ctypes.c_int64(V),
             _pointer(zs),
             _pointer(zt),
             _pointer(bias_s),
@@ -208,10 +212,9 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
             ctypes.c_float(plan.slope_coefficient),
             ctypes.c_float(plan.ce_weight),
             parameters,
-            _pointer(out),
-            ctypes.c_int(want_grad),
         )
-        _parallel(native, zs.shape[0], arguments)
+        own = [(_pointer(s), _pointer(out), ctypes.c_int(want_grad)) for s in scratch]
+        _parallel(native, zs.shape[0], arguments, own)
 
     return run
 
@@ -243,7 +246,7 @@ def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
             _pointer(out),
             ctypes.c_int(want_grad),
         )
-        _parallel(native, z.shape[0], arguments)
+        _parallel(native, z.shape[0], arguments, [()] * min(torch.get_num_threads(), z.shape[0]))
 
     return run
 
@@ -253,13 +256,21 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _parallel(function: Callable[..., None], rows: int, arguments: tuple[object, ...]) -> None:
-    """Run the kernel over contiguous shares of the rows, one thread a share; ctypes releases the GIL."""
-    threads = min(torch.get_num_threads(), rows)
+def _parallel(
+    function: Callable[..., None], rows: int, arguments: tuple[object, ...], own: Sequence[tuple[object, ...]]
+) -> None:
+    """Run the kernel over contiguous shares of the rows, one thread a share; ctypes releases the GIL.
+
+    ``own`` holds the last arguments, one tuple a thread.
+    """
+    threads = len(own)
     bounds = [rows * i // threads for i in range(threads + 1)]
-    shares = [(ctypes.c_int64(a), ctypes.c_int64(b)) for a, b in pairwise(bounds)]
-    waiting = [_pool(threads).submit(function, *share, *arguments) for share in shares[1:]]
-    function(*shares[0], *arguments)
+    calls = [
+        (ctypes.c_int64(first), ctypes.c_int64(last), *arguments, *mine)
+        for (first, last), mine in zip(pairwise(bounds), own, strict=True)
+    ]
+    waiting = [_pool(threads).submit(function, *call) for call in calls[1:]]
+    function(*calls[0])
     for task in waiting:
         task.result()
 

@@ -51,7 +51,9 @@ C_SYNTAX = {
 
 def divergence_source(program: Program) -> str:
     """C source of the divergence row kernel for one traced definition."""
-    uniform, body = program.render(C_SYNTAX, lambda name, expression: f"const float {name} = {expression};")
+    uniform, body = program.render(
+        C_SYNTAX, lambda name, expression: f"const float {name} = {expression};", given_exponentials=True
+    )
     parameters = [f"const float {name} = param[{i}];" for i, name in enumerate(program.parameters)]
     text = (SOURCES / "divergence_rows.c").read_text()
     text = text.replace("/*UNIFORM*/", "\n    ".join(parameters + uniform))

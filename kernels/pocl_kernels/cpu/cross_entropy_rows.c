@@ -6,7 +6,7 @@ void cross_entropy_rows(int64_t first, int64_t last, int64_t V, float *z, const 
     for (int64_t i = first; i < last; i++) {
         float *x = z + i * V;
         transform(x, V, bias, scale, softcap);
-        const lse_t S = log_sum_exp(x, V, 1.0f);
+        const lse_t S = log_sum_exp(x, V, 1.0f, NULL, NULL);
         const float x_label = x[labels[i]];
         out[i] = (S.max - x_label) + S.log_sum;
         if (!want_grad) continue;

@@ -5,13 +5,15 @@
  *
  * zs, zt [rows, V]: student and teacher projections, overwritten (zs by the gradient if want_grad, zt by scratch).
  * One row at a time through three passes; a row pair of 8 V bytes is read from memory once and then from cache.
- * Pass 1: both normalisers, 2 exponentials. Pass 2: D, c and, in place, q and the part of the gradient that needs no c.
- * Pass 3: one multiply-add. The code between the markers is printed from the divergence's definition. */
+ * Pass 1: both normalisers and, in scratch, the unnormalised softmaxes: 2 exponentials. Pass 2: D, c and, in place, q and
+ * the part of the gradient that needs no c. Pass 3: one multiply-add. The code between the markers is printed from the divergence's definition. */
 
 INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, float scale, int64_t label, float w, float A,
-                float B, const float *param, float *out, const int want_grad, const int with_ce, const int tempered) {
-    const lse_t S = log_sum_exp(zs, V, inv_T), R = log_sum_exp(zt, V, inv_T);
-    const lse_t S1 = with_ce && tempered ? log_sum_exp(zs, V, 1.0f) : S;
+                float B, const float *param, float *scratch, float *out, const int want_grad, const int with_ce, const int tempered, const int ce_grad) {
+    const int64_t blocks = (V + BLOCK - 1) / BLOCK;
+    float *es = scratch, *et = es + V, *shift_s = et + V, *shift_t = shift_s + blocks;
+    const lse_t S = log_sum_exp(zs, V, inv_T, es, shift_s), R = log_sum_exp(zt, V, inv_T, et, shift_t);
+    const lse_t S1 = with_ce && tempered ? log_sum_exp(zs, V, 1.0f, NULL, NULL) : S;
     const float z_label = with_ce ? zs[label] : 0.0f;
     const float inv_softcap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
     const float wA = w * A, wB = w * B;
@@ -21,14 +23,16 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
     /*UNIFORM*/
     for (int64_t b = 0; b < V; b += BLOCK) {
         const int64_t end = b + BLOCK < V ? b + BLOCK : V;
+        const float to_q = f_exp((shift_s[b / BLOCK] - S.max) - S.log_sum);
+        const float to_p = f_exp((shift_t[b / BLOCK] - R.max) - R.log_sum);
         float d = 0.0f, cb = 0.0f, h = 0.0f;
 #pragma omp simd reduction(+ : d, cb, h)
         for (int64_t j = b; j < end; j++) {
             const float z = zs[j];
             const float l = (z * inv_T - S.max) - S.log_sum;
             const float r = (zt[j] * inv_T - R.max) - R.log_sum;
+            const float q = es[j] * to_q, p = et[j] * to_p;
             /*BODY*/
-            const float q = f_exp(l);
             d += value;
             cb += slope;
             h -= q == 0.0f ? 0.0f : q * l;
@@ -36,7 +40,7 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
                 const float zc = z * inv_softcap;
                 const float J = scale * (1.0f - zc * zc);
                 float g = wA * slope;
-                if (with_ce) g += wB * (tempered ? f_exp((z - S1.max) - S1.log_sum) : q);
+                if (ce_grad) g += wB * (tempered ? f_exp((z - S1.max) - S1.log_sum) : q);
                 zt[j] = J * g;
                 zs[j] = J * q;
             }
@@ -49,30 +53,34 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
         const float wAc = (float)((double)wA * c);
 #pragma omp simd
         for (int64_t j = 0; j < V; j++) zs[j] = zt[j] - wAc * zs[j];
-        if (with_ce) zs[label] -= wB * jacobian_label;
+        if (ce_grad) zs[label] -= wB * jacobian_label;
     }
     out[0] = (float)D;
     out[1] = with_ce ? (S1.max - z_label) + S1.log_sum : 0.0f;
     out[2] = (float)H;
 }
 
-/* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 3]: D, CE, entropy. */
+/* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 3]: D, CE, entropy. scratch: 2 V floats and two a
+ * block of 1024, for the caller's thread alone. */
 void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, const float *bias_s, const float *bias_t,
                      float scale_s, float softcap_s, float scale_t, float softcap_t, const int64_t *labels, const float *w,
-                     float inv_T, float A, float B, const float *param, float *out, int want_grad) {
+                     float inv_T, float A, float B, const float *param, float *scratch, float *out, int want_grad) {
     for (int64_t i = first; i < last; i++) {
         float *s = zs + i * V, *t = zt + i * V, *o = out + 3 * i;
         transform(s, V, bias_s, scale_s, softcap_s);
         transform(t, V, bias_t, scale_t, softcap_t);
-#define ROW(G, C, T) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, param, o, G, C, T)
-        if (want_grad) {
-            if (!labels) ROW(1, 0, 0);
-            else if (inv_T == 1.0f) ROW(1, 1, 0);
-            else ROW(1, 1, 1);
+#define ROW(G, C, T, CG) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, param, scratch, o, G, C, T, CG)
+        if (want_grad && labels && B != 0.0f) {
+            if (inv_T == 1.0f) ROW(1, 1, 0, 1);
+            else ROW(1, 1, 1, 1);
+        } else if (want_grad) {
+            if (!labels) ROW(1, 0, 0, 0);
+            else if (inv_T == 1.0f) ROW(1, 1, 0, 0);
+            else ROW(1, 1, 1, 0);
         } else {
-            if (!labels) ROW(0, 0, 0);
-            else if (inv_T == 1.0f) ROW(0, 1, 0);
-            else ROW(0, 1, 1);
+            if (!labels) ROW(0, 0, 0, 0);
+            else if (inv_T == 1.0f) ROW(0, 1, 0, 0);
+            else ROW(0, 1, 1, 0);
         }
     }
 }

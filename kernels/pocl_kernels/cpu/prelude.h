@@ -11,10 +11,12 @@ enum { BLOCK = 1024 };  /* entries summed in float32 before the sum moves to dou
 INLINE float as_float(int32_t i) { float f; memcpy(&f, &i, 4); return f; }
 INLINE int32_t as_int(float f) { int32_t i; memcpy(&i, &f, 4); return i; }
 
-/* e^x; below -87.3 the result would be subnormal and is 0. */
+/* e^x; below -87.3 the result would be subnormal and is 0. The comparisons are written so that a NaN passes through. */
 INLINE float f_exp(float x) {
-    float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  /* round to nearest by the 1.5 * 2^23 trick */
-    float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float c = x < -87.3f ? -87.3f : x;
+    c = c > 88.37f ? 88.37f : c;
+    float n = (c * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  /* round to nearest by the 1.5 * 2^23 trick */
+    float f = (c - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * f + 1.3981999507e-3f;
     p = p * f + 8.3334519073e-3f;
@@ -22,8 +24,6 @@ INLINE float f_exp(float x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    n = n < -126.0f ? -126.0f : n;
-    n = n > 127.0f ? 127.0f : n;
     float y = p * as_float(((int32_t)n + 127) << 23);
     y = x < -87.3f ? 0.0f : y;
     return x > 88.37f ? INFINITY : y;
@@ -74,8 +74,9 @@ INLINE void transform(float *z, int64_t V, const float *bias, float scale, float
 
 typedef struct { float max, log_sum; } lse_t;  /* log sum e^u = max + log_sum, u = z * inv_T */
 
-/* Online over blocks: one read of the row from memory, block maximum and sum from L1. */
-INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T) {
+/* Online over blocks: one read of the row from memory, block maximum and sum from L1. With e: also stores
+ * e^(u - shift), where shift[b] is the running maximum at block b, so that the softmax needs no second exponential. */
+INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float *shift) {
     float m = -INFINITY;
     double S = 0.0;
     for (int64_t b = 0; b < V; b += BLOCK) {
@@ -88,10 +89,20 @@ INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T) {
             S *= exp((double)m - (double)bm);
             m = bm;
         }
-        const float shift = m == -INFINITY ? 0.0f : m;  /* a block of masked logits only */
+        const float by = m == -INFINITY ? 0.0f : m;  /* so far only masked logits */
         float s = 0.0f;
+        if (e) {
+            shift[b / BLOCK] = by;
 #pragma omp simd reduction(+ : s)
-        for (int64_t j = b; j < end; j++) s += f_exp(z[j] * inv_T - shift);
+            for (int64_t j = b; j < end; j++) {
+                const float x = f_exp(z[j] * inv_T - by);
+                e[j] = x;
+                s += x;
+            }
+        } else {
+#pragma omp simd reduction(+ : s)
+            for (int64_t j = b; j < end; j++) s += f_exp(z[j] * inv_T - by);
+        }
         S += (double)s;
     }
     const lse_t result = {m, (float)log(S)};
