@@ -1,0 +1,53 @@
+"""Rows of projections -> cross-entropy with the labels and, if wanted, its gradient.
+
+    CE = lse(z) - z[label];  dCE/dprojection = w (softmax(z) - 1[label]) J
+
+Shapes: logits [n, W], W = 16 stride16 >= V; gradient [n, W], in place or another dtype, or None; labels, row_scale,
+results [n]. One program a row; one pass for the value, a second for the gradient.
+Bytes an entry: 4 a pass, and the gradient's size; see :func:`cost`.
+"""
+
+import triton
+import triton.language as tl
+
+from pocl_kernels.triton_backend.cost import Cost
+from pocl_kernels.triton_backend.device import add_exp, jacobian, join_exp, load_logit, load_logits
+
+BLOCK = 4096  # half the state of two models: 16 entries a thread
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["V", "stride16"])
+def cross_entropy_rows(
+    logits, gradient, bias, labels, row_scale, results, V, stride16, scale, softcap, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    width = stride16 * 16
+    logits += row * stride16 * 16
+    label = tl.load(labels + row).to(tl.int32)
+    z_label = load_logit(logits, bias, label, scale, softcap)  # before a faster warp may overwrite it
+
+    lane_max = tl.full([BLOCK], -float("inf"), tl.float32)
+    S = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        z = load_logits(logits, bias, start + tl.arange(0, BLOCK), V, width, scale, softcap)
+        S = add_exp(lane_max, S, z, 1.0)
+        lane_max = tl.maximum(lane_max, z)
+    max_z, log_S = join_exp(lane_max, S, 1.0)
+    tl.store(results + row, (max_z - z_label) + log_S)
+
+    if gradient is not None:
+        w = tl.load(row_scale + row).to(tl.float32)
+        for start in range(0, width, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = load_logits(logits, bias, cols, V, width, scale, softcap)
+            g = tl.exp((z - max_z) - log_S) - tl.where(cols == label, 1.0, 0.0)
+            g = tl.where(cols < V, w * jacobian(z, scale, softcap) * g, 0.0).to(gradient.dtype.element_ty)
+            tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
+
+
+def cost(rows: int, V: int, *, gradient_bytes: int | None, logit_bytes: int = 4) -> Cost:
+    """Bytes and flops of one launch; ``gradient_bytes`` of one entry, None without a gradient."""
+    passes = 1 if gradient_bytes is None else 2
+    moved = rows * V * (passes * logit_bytes + (gradient_bytes or 0)) + rows * (4 + 4 + 8)
+    return Cost(moved, rows * V * (6 + (4 if gradient_bytes is not None else 0)))

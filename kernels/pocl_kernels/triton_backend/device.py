@@ -1,0 +1,80 @@
+"""Functions that the kernels share: the head's transform, and log-sum-exps that need one exponential an entry.
+
+Only exp, log and arithmetic: nothing that needs a vendor's library. -inf is a legal logit (a masked token); NaN propagates.
+Buffers have rows of ``16 * stride16`` entries, V of them meaningful: the factor tells the compiler that rows stay aligned to
+16 entries and that a load up to the row's end may be 128 bits wide, whatever V is.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """Polynomial near 0 (Cephes), by an exponential elsewhere; about 2 ulp."""
+    a = tl.abs(x)
+    y = x * x
+    p = ((((-5.70498872745e-3 * y + 2.06390887954e-2) * y - 5.37397155531e-2) * y) + 1.33314422036e-1) * y
+    near = (p - 3.33332819422e-1) * y * x + x
+    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def cap(z, softcap):
+    """Gemma's soft cap; ``softcap`` None: none."""
+    if softcap is not None:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def load_logits(row, bias, cols, V, width, scale, softcap):
+    """Entries ``cols`` of one row of projections, after the head's transform; -inf beyond V."""
+    z = tl.load(row + cols, mask=cols < width, other=0.0).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + cols, mask=cols < width, other=0.0)
+    return tl.where(cols < V, cap(z * scale, softcap), -float("inf"))
+
+
+@triton.jit
+def load_logit(row, bias, col, scale, softcap):
+    """One entry of one row, after the head's transform."""
+    z = tl.load(row + col).to(tl.float32)
+    if bias is not None:
+        z += tl.load(bias + col)
+    return cap(z * scale, softcap)
+
+
+@triton.jit
+def jacobian(z, scale, softcap):
+    """Derivative of the transformed logit ``z`` with respect to the projection."""
+    if softcap is not None:
+        t = z / softcap
+        return scale * (1.0 - t * t)
+    else:
+        return scale
+
+
+@triton.jit
+def add_exp(m, S, z, rate):
+    """Lane by lane: maximum and ``sum exp(rate (z - maximum))`` with one more entry, by one exponential."""
+    d = z - m
+    e = tl.where(z == m, 1.0, tl.exp(-tl.abs(d) * rate))  # equal: also where both are -inf
+    return tl.where(d > 0.0, S * e + 1.0, S + e)
+
+
+@triton.jit
+def join_exp(m, S, rate):
+    """The lanes' sums as one: the log of the sum above the common maximum ``m_all``, which is returned too."""
+    m_all = tl.max(m, 0)
+    return m_all, tl.log(tl.sum(S * tl.exp((m - m_all) * rate), 0))
+
+
+@triton.jit
+def projection_gradient(z, q, slope, c, slope_coefficient, shifted_1, ce_weight, is_label, w, scale, softcap):
+    """``w J [A (slope - q c) + B (q_1 - 1[label])]``; ``shifted_1`` is the log-probability at temperature 1, or None."""
+    g = slope_coefficient * (slope - q * c)
+    if shifted_1 is not None:
+        g += ce_weight * (tl.exp(shifted_1) - tl.where(is_label, 1.0, 0.0))
+    return w * jacobian(z, scale, softcap) * g

@@ -1,0 +1,144 @@
+"""Rows of student and teacher projections -> divergence, cross-entropy, entropy, and the gradient.
+
+    u = z_s / T, v = z_t / T;  l = u - lse(u), r = v - lse(v);  D = sum value(l, r), c = sum slope(l, r)
+    dL/dz_s = w [A (slope - q c) + B (softmax(z_s) - 1[label])] J,   A = slope_coefficient, B = ce_weight,  J = dz_s/dprojection
+
+Shapes: student, teacher [n, W], W = 16 stride16 >= V; gradient [n, W], in place of the student's rows or another dtype;
+labels, row_scale [n]; results [n, 3]: D, cross-entropy, entropy. One program a row, sums kept lane by lane in float32.
+
+Three passes over a row: (1) both normalisers, and the student's at temperature 1 for the cross-entropy; (2) D, c and the
+entropy; (3) the gradient. Where c is known beforehand (``SLOPE_SUM``; the forward KL's is -1) pass 3 is part of pass 2.
+Bytes an entry: 4 + 4 a pass, and the gradient's size; see :func:`cost`.
+"""
+
+import triton
+import triton.language as tl
+
+from pocl_kernels.triton_backend.cost import Cost
+from pocl_kernels.triton_backend.device import add_exp, join_exp, load_logit, load_logits, projection_gradient
+
+# 8 entries a thread: two 128-bit loads of each float32 row in flight, one of a 16-bit row.
+BLOCK = 2048
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["V", "stride16"])
+def divergence_rows(
+    student,
+    teacher,
+    gradient,  # None: no gradient
+    bias_s,  # [W] float32 or None
+    bias_t,
+    labels,  # [n] or None: no cross-entropy
+    row_scale,
+    results,
+    V,
+    stride16,
+    scale_s,
+    softcap_s,  # None: none
+    scale_t,
+    softcap_t,
+    inv_T,
+    slope_coefficient,
+    ce_weight,
+    uniforms,
+    term: tl.constexpr,
+    SLOPE_SUM: tl.constexpr,  # None: not known beforehand
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    width = stride16 * 16
+    student += row * stride16 * 16
+    teacher += row * stride16 * 16
+    w = tl.load(row_scale + row).to(tl.float32)
+
+    # The label's logit first: below it may already be overwritten by a faster warp.
+    label = 0
+    z_label = 0.0
+    if labels is not None:
+        label = tl.load(labels + row).to(tl.int32)
+        z_label = load_logit(student, bias_s, label, scale_s, softcap_s)
+
+    # Pass 1: normalisers.
+    m_s = tl.full([BLOCK], -float("inf"), tl.float32)
+    m_t = tl.full([BLOCK], -float("inf"), tl.float32)
+    S_s = tl.zeros([BLOCK], tl.float32)
+    S_t = tl.zeros([BLOCK], tl.float32)
+    S_1 = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
+        zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
+        S_s = add_exp(m_s, S_s, zs, inv_T)
+        S_t = add_exp(m_t, S_t, zt, inv_T)
+        if labels is not None:
+            S_1 = add_exp(m_s, S_1, zs, 1.0)
+        m_s = tl.maximum(m_s, zs)
+        m_t = tl.maximum(m_t, zt)
+    max_s, log_s = join_exp(m_s, S_s, inv_T)
+    max_t, log_t = join_exp(m_t, S_t, inv_T)
+    log_1 = 0.0
+    if labels is not None:
+        _, log_1 = join_exp(m_s, S_1, 1.0)
+
+    # Pass 2: D, c and the entropy; the gradient too where it need not wait for c.
+    D = tl.zeros([BLOCK], tl.float32)
+    C = tl.zeros([BLOCK], tl.float32)
+    H = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < V
+        zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
+        zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
+        l = (zs - max_s) * inv_T - log_s
+        r = (zt - max_t) * inv_T - log_t
+        value, slope = term(l, r, uniforms)
+        q = tl.exp(l)
+        D += tl.where(inside, value, 0.0)
+        H -= tl.where(q == 0.0, 0.0, q * l)
+        if SLOPE_SUM is None:
+            C += tl.where(inside, slope, 0.0)
+        elif gradient is not None:
+            l_1 = (zs - max_s) - log_1 if labels is not None else None
+            g = projection_gradient(
+                zs, q, slope, SLOPE_SUM, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
+            )
+            g = tl.where(inside, g, 0.0).to(gradient.dtype.element_ty)
+            tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
+    tl.store(results + row * 3, tl.sum(D, 0))
+    tl.store(results + row * 3 + 1, (max_s - z_label) + log_1 if labels is not None else 0.0)
+    tl.store(results + row * 3 + 2, tl.sum(H, 0))
+
+    # Pass 3: the gradient.
+    if gradient is not None and SLOPE_SUM is None:
+        c = tl.sum(C, 0)
+        for start in range(0, width, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
+            zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
+            l = (zs - max_s) * inv_T - log_s
+            r = (zt - max_t) * inv_T - log_t
+            _, slope = term(l, r, uniforms)
+            l_1 = (zs - max_s) - log_1 if labels is not None else None
+            g = projection_gradient(
+                zs, tl.exp(l), slope, c, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
+            )
+            g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
+            tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
+
+
+def cost(
+    rows: int, V: int, *, labels: bool, slope_sum_known: bool, gradient_bytes: int | None, logit_bytes: int = 4
+) -> Cost:
+    """Bytes and flops of one launch. ``gradient_bytes``: of one entry, None without a gradient.
+
+    Bytes: both logits a pass, the gradient once, three results, the weight and the label a row; passes beyond the first
+    find part of a row in the cache, so this is an upper bound. Flops are the exponentials and the multiply-adds of the
+    normalisers, entropy and gradient; the definition's own arithmetic comes on top.
+    """
+    passes = 2 if slope_sum_known or gradient_bytes is None else 3
+    moved = rows * V * (passes * 2 * logit_bytes + (gradient_bytes or 0)) + rows * (3 * 4 + 4 + (8 if labels else 0))
+    an_entry = 2 * 6 + 8 + (6 if labels else 0)
+    if gradient_bytes is not None:
+        an_entry += (4 if slope_sum_known else 8) + (4 if labels else 0)
+    return Cost(moved, rows * V * an_entry)
