@@ -4,6 +4,8 @@ With the teacher's head they give its exact distribution over the vocabulary at 
 in place of V.
 """
 
+from pocl.teacher.cache import HiddenStateCache
+from pocl.teacher.choice import TeacherChoice, choose_teacher
 from pocl.teacher.online import OnlineTeacher, Teacher
 
-__all__ = ["OnlineTeacher", "Teacher"]
+__all__ = ["HiddenStateCache", "OnlineTeacher", "Teacher", "TeacherChoice", "choose_teacher"]

@@ -25,7 +25,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from pocl import heads
 from pocl.curriculum import Curriculum, Stage
 from pocl.data import Collator
-from pocl.teacher import Teacher
+from pocl.teacher import HiddenStateCache, Teacher
+from pocl.teacher.cache import AttachTeacher
 from pocl.trainer.callbacks import Convergence, StageBar
 from pocl.trainer.checks import check_setup, divergence_of, run_identity
 from pocl.trainer.config import POCLConfig
@@ -289,12 +290,15 @@ class POCLTrainer(Trainer):
     def _loader(self, rows: StageRows, batch_size: int, *, order: str, **of_sampler: Any) -> DataLoader:
         if order == "group_by_length":
             of_sampler["lengths"] = rows.lengths()
+        collator = self.data_collator
+        if isinstance(self.teacher, HiddenStateCache):
+            collator = AttachTeacher(collator, self.teacher)
         micro_batch = batch_size * self.args.world_size if self.args.world_size > 1 else 1
         loader: DataLoader = DataLoader(
             rows,
             batch_size,
             sampler=StageSampler(len(rows), order=order, micro_batch=micro_batch, **of_sampler),
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,

@@ -1,0 +1,33 @@
+"""Whether storing the teacher's hidden states pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    """`cached` or not, and the sentence that says why."""
+
+    cached: bool
+    reason: str
+
+
+def choose_teacher(passes: float, cache_bytes: int, free_bytes: int, on_policy: bool = False) -> TeacherChoice:
+    """Decide between the online teacher and a cache.
+
+    Args:
+        passes: times the average sample is trained on (`Curriculum.passes`).
+        cache_bytes: size of the cache (`HiddenStateCache.estimate_bytes`).
+        free_bytes: space on the disk that would hold it.
+        on_policy: whether responses are sampled from the student while it trains.
+    """
+    size, free = f"{cache_bytes / 1e9:.2f} GB", f"{free_bytes / 1e9:.2f} GB"
+    if on_policy:
+        return TeacherChoice(False, "online: responses sampled while training cannot be stored beforehand")
+    if passes <= 1:
+        return TeacherChoice(False, f"online: every sample is trained on {passes:g} times, a cache would cost as much")
+    if cache_bytes > 0.9 * free_bytes:
+        return TeacherChoice(False, f"online: the cache would take {size}, and {free} are free")
+    saved = passes - 1
+    return TeacherChoice(True, f"cached: {size} on disk and one pass of the teacher replace {saved:g} further passes")

@@ -1,0 +1,206 @@
+"""The files of a hidden-state cache: a plan before the teacher runs, shards one at a time, an index at the end.
+
+    cache/
+        plan.json                 fingerprint and the shards to be written
+        head.safetensors          the teacher's projection
+        shard-00000.safetensors   `hidden` [tokens, H], `keys` [samples] int64, `counts` [samples] int64
+        shard-00000.json          checksum of the shard, written after it: the shard is whole
+        shard-00000.lock          held while a process writes the shard; a dead process holds nothing
+        index.json                written last: the cache is whole
+
+A sample is found by its *key*, a hash of its token ids and labels. So the same text under another number is found,
+another text under the same number is not, and a text that occurs twice is stored once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pocl.heads import IGNORE_INDEX
+from pocl_kernels import Head
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def sample_key(input_ids: Sequence[int], labels: Sequence[int]) -> int:
+    """A 63-bit hash of a tokenised sample."""
+    ids = np.asarray(input_ids, dtype=np.int32)
+    content = ids.tobytes() + np.asarray(labels, dtype=np.int32).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def label_count(labels: Sequence[int]) -> int:
+    """Positions that predict a label: the first token is never predicted."""
+    return int((np.asarray(labels[1:]) != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The samples of one shard, as row numbers of the data, with their keys and label counts."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+
+def plan_shards(dataset: Any, tokens_per_shard: int) -> list[ShardPlan]:
+    """Split the distinct samples with labels into shards; long samples first, so that lengths in a shard are alike.
+
+    Args:
+        dataset: tokenised rows with `input_ids` and `labels`.
+        tokens_per_shard: label tokens at which a shard is full.
+    """
+    seen: dict[int, tuple[int, int, int]] = {}  # key -> (length, row, count)
+    for row in range(len(dataset)):
+        sample = dataset[row]
+        count = label_count(sample["labels"])
+        if count:
+            seen.setdefault(sample_key(sample["input_ids"], sample["labels"]), (len(sample["input_ids"]), row, count))
+    ordered = sorted(((-length, row, count, key) for key, (length, row, count) in seen.items()))
+    shards: list[ShardPlan] = []
+    members: list[tuple[int, int, int]] = []
+    tokens = 0
+    for _, row, count, key in ordered:
+        if members and tokens + count > tokens_per_shard:
+            shards.append(ShardPlan(*zip(*members, strict=True)))
+            members, tokens = [], 0
+        members.append((row, key, count))
+        tokens += count
+    if members:
+        shards.append(ShardPlan(*zip(*members, strict=True)))
+    return shards
+
+
+class Store:
+    """Reads and writes the files above.
+
+    Args:
+        folder: of the cache.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def shard_path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the cache, None if it is not there."""
+        path = self.folder / name
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._replace(self.folder / name, json.dumps(content, indent=1).encode())
+
+    def write_head(self, head: Head) -> None:
+        tensors = {"weight": head.weight.detach()} | ({} if head.bias is None else {"bias": head.bias.detach()})
+        self._save(self.folder / "head.safetensors", {n: t.contiguous().cpu() for n, t in tensors.items()})
+
+    def read_head(self, scale: float, softcap: float | None) -> Head:
+        tensors = load_file(self.folder / "head.safetensors")
+        return Head(tensors["weight"], tensors.get("bias"), scale=scale, softcap=softcap)
+
+    def write_shard(self, index: int, plan: ShardPlan, hidden: Tensor) -> None:
+        """Write a shard, then its checksum."""
+        tensors = {"hidden": hidden.contiguous(), "keys": torch.tensor(plan.keys), "counts": torch.tensor(plan.counts)}
+        path = self.shard_path(index)
+        self._save(path, tensors)
+        note = {"checksum": checksum(path), "bytes": path.stat().st_size, "tokens": plan.tokens}
+        self.write_json(f"{path.stem}.json", note)
+
+    def shard_fault(self, index: int, full: bool = False) -> str | None:
+        """What is wrong with a shard, or None; the contents are read only if `full`."""
+        path = self.shard_path(index)
+        note = self.read_json(f"{path.stem}.json")
+        if note is None or not path.exists():
+            return "it is missing"
+        if path.stat().st_size != note["bytes"]:
+            return f"it has {path.stat().st_size} bytes instead of {note['bytes']}"
+        if full and checksum(path) != note["checksum"]:
+            return "its checksum is wrong"
+        return None
+
+    def discard_shard(self, index: int) -> None:
+        path = self.shard_path(index)
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self, index: int) -> Iterator[bool]:
+        """Whether this process may write the shard; the system frees the lock of a process that dies."""
+        path = self.shard_path(index).with_suffix(".lock")
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def finish(self, index: Mapping[str, Any]) -> None:
+        """Write the index; nobody needs the locks from then on."""
+        self.write_json("index.json", index)
+        for path in self.folder.glob("*.lock"):
+            path.unlink(missing_ok=True)
+
+    def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file, 128 bits, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def model_fingerprint(model: Any) -> str:
+    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, and of the class."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        chosen = flat[:: max(1, flat.numel() // 16384)][:16384].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(chosen.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of the vocabulary and of the special tokens."""
+    content = repr((sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def data_fingerprint(shards: Sequence[ShardPlan]) -> str:
+    """A hash of the set of distinct samples."""
+    keys = np.sort(np.array([key for shard in shards for key in shard.keys], dtype=np.int64))
+    return hashlib.blake2b(keys.tobytes(), digest_size=16).hexdigest()
