@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pocl_kernels.output import DivergenceOutput
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
+BACKENDS = ("auto", "triton", "cpu")
 
 
 def fused_linear_divergence(
@@ -36,6 +38,7 @@ def fused_linear_divergence(
     normalizer: float | Tensor | None = None,
     memory: str = "auto",
     workspace_mb: float | None = None,
+    backend: str = "auto",
 ) -> DivergenceOutput:
     """Divergence of a student's next-token distribution from a teacher's, from hidden states: full logits never exist.
 
@@ -92,6 +95,7 @@ def fused_linear_divergence(
     if ce_weight > 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight!r} needs labels; pass labels or ce_weight=0")
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    _check_backend(backend, student_hidden.device)
     flat_labels = _flat_labels(labels, shape, ignore_index, vocab_size)
     row_scale, count = _row_scale(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
@@ -107,7 +111,7 @@ def fused_linear_divergence(
     def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
         d, ce, entropy, *gradients = operators.linear_divergence(
             h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
-            factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted,
+            factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted, backend,
         )  # fmt: skip
         # A part without weight must not enter: 0 * inf is not 0.
         loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
@@ -135,6 +139,7 @@ def fused_linear_cross_entropy(
     normalizer: float | Tensor | None = None,
     memory: str = "auto",
     workspace_mb: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of a language model from hidden states, without its logits: scoring and supervised fine-tuning.
 
@@ -146,13 +151,14 @@ def fused_linear_cross_entropy(
     _check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    _check_backend(backend, hidden.device)
     flat_labels = _flat_labels(labels, shape, ignore_index, head.vocab_size)
     assert flat_labels is not None
     row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
     def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
         ce, *gradients = operators.linear_cross_entropy(
-            h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted
+            h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend
         )
         return Result(ce, (), tuple(gradients))
 
@@ -207,6 +213,18 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
     if not workspace_mb > 0:
         raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
     return float(workspace_mb)
+
+
+def _check_backend(backend: str, device: torch.device) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f'backend="cpu" cannot read tensors on {device}: pass backend="auto"')
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'backend="triton" needs tensors on a CUDA or ROCm device, got {device}; on a CPU it runs in the interpreter, '
+            "with TRITON_INTERPRET=1 set before the process starts"
+        )
 
 
 def _flat_labels(labels: Tensor | None, shape: torch.Size, ignore_index: int, vocab_size: int) -> Tensor | None:

@@ -8,6 +8,7 @@ attaches those. A gradient that was not asked for is an empty tensor, since an o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def linear_divergence(
     scales_and_softcaps: Sequence[float],  # student scale, student softcap (0: none), teacher scale, teacher softcap
     workspace_mb: float,
     wanted: Sequence[bool],  # gradients of hidden, weight, bias
+    backend: str,
 ) -> Six:
     student_scale, student_softcap, teacher_scale, teacher_softcap = scales_and_softcaps
     plan = Plan(
@@ -53,7 +55,7 @@ def linear_divergence(
         teacher_softcap=teacher_softcap or None,
         workspace_mb=workspace_mb,
     )
-    rows = cpu_backend.linear_divergence(
+    rows = backend_module(backend, student_hidden.device).linear_divergence(
         student_hidden,
         student_weight,
         student_bias,
@@ -88,6 +90,7 @@ def _(
     scales_and_softcaps: Sequence[float],
     workspace_mb: float,
     wanted: Sequence[bool],
+    backend: str,
 ) -> Six:
     dtype = compute_dtype(student_hidden, teacher_hidden)
     rows = student_hidden.shape[0]
@@ -107,8 +110,9 @@ def linear_cross_entropy(
     softcap: float,  # 0: none
     workspace_mb: float,
     wanted: Sequence[bool],
+    backend: str,
 ) -> Four:
-    result = cpu_backend.linear_cross_entropy(
+    result = backend_module(backend, hidden.device).linear_cross_entropy(
         hidden, weight, bias, labels, row_scale, ignore_index, scale, softcap or None, workspace_mb, Gradients(*wanted)
     )
     return result[0], *(_or_empty(g, result[0]) for g in result[1:])  # type: ignore[return-value]
@@ -126,9 +130,19 @@ def _(
     softcap: float,
     workspace_mb: float,
     wanted: Sequence[bool],
+    backend: str,
 ) -> Four:
     dtype = compute_dtype(hidden)
     return hidden.new_empty(hidden.shape[0], dtype=dtype), *_fake_gradients(hidden, weight, wanted, dtype)
+
+
+def backend_module(backend: str, device: torch.device) -> ModuleType:
+    """The module that serves ``backend``, "auto" by the device: Triton on CUDA and ROCm, imported when first needed."""
+    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+        from pocl_kernels.triton_backend import backend as triton_backend
+
+        return triton_backend
+    return cpu_backend
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
