@@ -222,8 +222,8 @@ def _check_backend(backend: str, device: torch.device) -> None:
         raise ValueError(f'backend="cpu" cannot read tensors on {device}: pass backend="auto"')
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f'backend="triton" needs tensors on a CUDA or ROCm device, got {device}; on a CPU it runs in the interpreter, '
-            "with TRITON_INTERPRET=1 set before the process starts"
+            f'backend="triton" needs tensors on a CUDA or ROCm device, got {device}; on a CPU it runs in the '
+            "interpreter, with TRITON_INTERPRET=1 set before the process starts"
         )
 
 
