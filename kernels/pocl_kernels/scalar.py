@@ -221,6 +221,8 @@ def maximum(x: Value, y: Value) -> Value:
 
 def where(condition: Value, a: Value, b: Value) -> Value:
     """``a`` where the condition holds, else ``b``; both are evaluated."""
+    if isinstance(condition, bool):  # of two numbers, such as the weight of a mixture
+        return a if condition else b
     return _dispatch("where", torch.where, lambda c, x, y: x if c else y, condition, a, b)
 
 
