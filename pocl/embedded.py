@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.split import normalized
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -165,11 +167,6 @@ def question_answer_pairs() -> list[dict[str, str]]:
                 seen.add(key)
                 rows.append({"prompt": question, "completion": answer, "topic": path.stem})
     return rows
-
-
-def normalized(text: str) -> str:
-    """Case-folded words with single spaces between: what two spellings of the same question have in common."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def embedded_versions() -> dict[str, str]:

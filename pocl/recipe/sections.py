@@ -32,6 +32,9 @@ def _as_tuple(value: Any) -> Any:
 
 # One number for all stages, two for the first and the last with even steps between, or one for each stage.
 PositiveSchedule = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+SkewSchedule = Annotated[
+    tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+]
 FractionSchedule = Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
@@ -133,37 +136,52 @@ class RankingSection(Section):
     max_new_tokens: PositiveInt = 256
     """Longest answer the student may write."""
     no_repeat_ngram_size: NonNegativeInt = 6
-    """No phrase of this many tokens twice in an answer. 0: no such rule."""
-    batch_size: PositiveInt = 16
-    """Prompts answered at once."""
+    """No phrase of this many tokens twice in prompt and answer. 0: no such rule."""
+    partition: Literal["count", "quantile"] = "count"
+    """Parts of equal size (the paper), or cut at quantiles of the score so that equal scores stay together."""
 
 
 class CurriculumSection(Section):
-    """The stages: which samples, how hot, how much of the teacher."""
+    """The stages: which samples, how hot, how much of the teacher. A pair of numbers is for the first and the last."""
 
     kind: Literal["baby_step", "constant", "one_pass", "reversed", "shuffled"] = "baby_step"
-    """baby_step: easy samples first, harder ones added (the paper). The others are controls to compare with."""
+    """baby_step: easy samples first, harder ones added (the paper). The others are controls: constant is plain KD on
+    all samples, for as many passes as baby_step makes; one_pass drops the easy ones; reversed starts with the hardest;
+    shuffled deals samples to stages at random."""
     num_stages: PositiveInt = 4
     """Stages, and equal parts that the ranked samples are cut into."""
-    epochs: PositiveInt = 8
-    """Passes over its samples in each stage."""
+    epochs: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (8,)
+    """Passes over its samples in each stage; one number, or one for each stage."""
     temperature: PositiveSchedule = (1.0, 2.0)
-    """One number, first and last, or one for each stage."""
+    """Of both softmaxes; one number, a pair, or one for each stage."""
     kd_ratio: FractionSchedule = (0.7, 1.0)
-    """Weight of the distillation loss against label cross-entropy; numbers as for the temperature."""
-    skew: FractionSchedule = (0.1,)
-    """Mixture weight of the skewed divergences; numbers as for the temperature."""
-    learning_rate: PositiveFloat = 1e-4
-    """Peak of each stage, which starts its cosine and its optimizer anew."""
+    """Weight of the distillation loss against label cross-entropy; one number, a pair, or one for each stage."""
+    skew: SkewSchedule = (0.1,)
+    """Mixture weight of the skewed divergences; one number, a pair, or one for each stage."""
+    learning_rate: PositiveSchedule = (1e-4,)
+    """Peak, reached at each stage's start; one number, a pair, or one for each stage."""
+    patience: PositiveInt | None = None
+    """End a stage after this many evaluations (one an epoch) without improvement. Empty: all epochs."""
+    start: Literal["best", "last"] = "best"
+    """A stage starts from the best weights of the one before, by `training.metric`, or from its last."""
+    optimizer: Literal["fresh", "carried"] = "fresh"
+    """Whether a stage starts with a new optimizer."""
+    schedule: Literal["restart", "continuous"] = "restart"
+    """Whether every stage has a cosine of the learning rate for itself, or all share one."""
 
     @model_validator(mode="after")
     def _schedules_fit(self) -> CurriculumSection:
-        for name in ("temperature", "kd_ratio", "skew"):
+        pairs = ("temperature", "kd_ratio", "skew", "learning_rate")
+        for name in (*pairs, "epochs"):
             count = len(getattr(self, name))
-            if count not in (1, 2, self.num_stages):
+            allowed = {1, self.num_stages} | ({2} if name in pairs else set())
+            if count not in allowed:
                 raise ValueError(
-                    f"{name} must have 1 number, 2 (first and last) or {self.num_stages} (num_stages), got {count}"
+                    f"{name} must have {' or '.join(map(str, sorted(allowed)))} numbers with {self.num_stages} stages, "
+                    f"got {count}"
                 )
+            if self.kind == "constant" and count > 1:
+                raise ValueError(f"kind = 'constant' has a single stage: give {name} as one number, got {count}")
         return self
 
 
@@ -195,21 +213,21 @@ class TrainingSection(Section):
     """Where the cosine ends, as a fraction of its peak."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of forward and backward; the 16-bit ones need a GPU."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    select_best: Literal["rouge_l", "loss", "none"] = "rouge_l"
-    """Each stage starts from the best checkpoint of the one before by this validation metric. none: from the last."""
+    metric: Literal["rouge_l", "loss"] = "rouge_l"
+    """What `best` means on the validation samples: the answers' ROUGE-L (the paper) or the loss, which is cheaper."""
 
 
 class TeacherCacheSection(Section):
     """Whether the teacher runs once (its hidden states kept on disk) or at every step."""
 
     mode: Literal["auto", "cached", "online"] = "auto"
-    """auto: cached where the samples are seen more than once and the disk has room."""
-    dtype: Dtype = "bfloat16"
-    """Number format on disk. float32 repeats the online teacher exactly on a CPU."""
-    batch_size: PositiveInt = 16
-    """Samples sent through the teacher at once."""
+    """auto: cached where samples are seen more than once and the disk has room."""
+    dtype: Dtype | None = None
+    """Number format on disk. Empty: the teacher's, which loses nothing."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens sent through the teacher at once, padding included."""
 
 
 class EvaluationSection(Section):
@@ -217,8 +235,6 @@ class EvaluationSection(Section):
 
     max_new_tokens: PositiveInt = 256
     """Longest answer a model may write."""
-    batch_size: PositiveInt = 16
-    """Prompts answered at once."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature of the answers. 0: greedy. The paper samples at 1."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (10,)
@@ -265,10 +281,10 @@ class Recipe(Section):
                 f"data.num_train = {self.data.num_train} samples cannot fill curriculum.num_stages = "
                 f"{self.curriculum.num_stages} stages; raise the first or lower the second"
             )
-        if self.training.select_best != "none" and self.data.num_validation == 0:
+        if self.data.num_validation == 0 and (self.curriculum.start == "best" or self.curriculum.patience):
             raise ValueError(
-                f"training.select_best = {self.training.select_best!r} needs validation samples: "
-                "set data.num_validation above 0, or select_best to none"
+                "curriculum.start = 'best' and curriculum.patience need validation samples: set data.num_validation "
+                "above 0, or curriculum.start to last and patience to null"
             )
         return self
 

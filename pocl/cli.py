@@ -1,0 +1,209 @@
+"""The command line: `pocl quickstart | rank | cache-teacher | distill | evaluate | report | bench`.
+
+Models, data sets and torch are imported by the commands that need them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pocl.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Distil a large language model into a small one, from easy to hard (POCL).",
+    epilog="Settings of a recipe are changed by --key value or --section.key value; pocl keys lists them all.",
+)
+
+_OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+_RecipeArgument = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe such as quickstart.")]
+_Change = Annotated[
+    bool, typer.Option("--change", help="Accept a folder of another recipe: keep what still fits, redo the rest.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan (stages, samples, steps, temperatures, rates); do nothing.")
+]
+
+
+@app.command(context_settings=_OVERRIDES)
+def quickstart(context: typer.Context, dry_run: _DryRun = False, change: _Change = False) -> None:
+    """Distil a small real model on real data, both from the Python registry, in minutes on a CPU, and write a report.
+
+    A second run skips what is done. [dim]Further words override the recipe: --output FOLDER --seed 3[/dim]
+    """
+    _run("quickstart", context.args, dry_run=dry_run, change=change)
+
+
+@app.command(context_settings=_OVERRIDES)
+def distill(context: typer.Context, recipe: _RecipeArgument, dry_run: _DryRun = False, change: _Change = False) -> None:
+    """Do a whole recipe: models, data, teacher cache, warm-up, ranking, stages, evaluation, report.
+
+    What is done already is skipped, what was cut off goes on. [dim]Further words override the recipe:
+    --training.batch_size 8[/dim]
+    """
+    _run(recipe, context.args, dry_run=dry_run, change=change)
+
+
+@app.command(context_settings=_OVERRIDES)
+def rank(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
+    """Only rank the recipe's training samples by difficulty for its student.
+
+    Writes ranking/ranked.parquet in the run folder: prompts and responses with rank and subset, for any trainer.
+    """
+    _run(recipe, context.args, until="ranking", change=change)
+
+
+@app.command("cache-teacher", context_settings=_OVERRIDES)
+def cache_teacher(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
+    """Only run the recipe's teacher once over the training samples and keep its hidden states."""
+    _run(recipe, context.args, until="teacher-cache", change=change)
+
+
+@app.command(context_settings=_OVERRIDES)
+def evaluate(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
+    """Compare teacher, untrained and trained student of a finished run on its held-out samples."""
+    _run(recipe, context.args, until="evaluation", change=change, trained=True)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")] = Path("runs/quickstart"),
+) -> None:
+    """Write the report of a run again: report/index.html, report/report.md and pictures."""
+
+    def work(console: Console) -> None:
+        from pocl.report import write_report
+
+        console.print(f"Report: {write_report(folder)}", highlight=False)
+
+    _guarded(work, f"pocl report {shlex.quote(str(folder))}")
+
+
+@app.command()
+def keys() -> None:
+    """List every setting of a recipe with its default and meaning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pocl.recipe import describe_keys
+
+    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+    for key, default, meaning in describe_keys():
+        table.add_row(key, default, meaning)
+    Console().print(table)
+
+
+def _run(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    until: str = "report",
+    dry_run: bool = False,
+    change: bool = False,
+    trained: bool = False,
+) -> None:
+    """Read a recipe and run it up to a step; `trained`: only if its training is finished."""
+
+    def work(console: Console) -> None:
+        from pocl.recipe import load_recipe
+
+        recipe = load_recipe(name, overrides)
+        if dry_run:
+            _print_plan(recipe, console)
+            return
+        _quiet_libraries()
+        if trained and not (Path(recipe.output) / "student").is_dir():
+            raise ValueError(f"{recipe.output} has no trained student yet: run pocl distill {name} first")
+        from pocl.pipeline import run
+
+        folder = run(recipe, until=until, change=change, console=console)
+        _print_outcome(folder, until, console)
+
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
+
+
+def _guarded(work: Callable[[Console], None], command: str) -> None:
+    """Run a command's work; what a user can mend is told in words, without a traceback."""
+    from rich.console import Console
+
+    console = Console()
+    try:
+        work(console)
+    except KeyboardInterrupt:
+        console.print("\n[yellow]Stopped.[/yellow] Nothing is lost; go on with the same command:", highlight=False)
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        Console(stderr=True).print("[red]Error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _quiet_libraries() -> None:
+    """Leave the bars and the warnings to the steps' own."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _print_plan(recipe: Recipe, console: Console) -> None:
+    from rich.table import Table
+
+    from pocl.pipeline import plan
+
+    made = plan(recipe)
+    console.print(f"[bold]Plan of {recipe.name}[/bold], into {recipe.output}", highlight=False)
+    for number, (name, why) in enumerate(made.steps, start=1):
+        console.print(f"  {number}. [bold]{name}[/bold]  {why}", highlight=False)
+    samples = f"{made.num_samples} training samples" if made.num_samples else f"Samples unknown ({made.unknown})"
+    console.print(f"\n{samples}. Teacher {made.teacher}.", highlight=False)
+    table = Table(*made.stages[0], box=None, pad_edge=False)
+    for row in made.stages:
+        table.add_row(*row.values())
+    console.print(table)
+
+
+def _print_outcome(folder: Path, until: str, console: Console) -> None:
+    from rich.table import Table
+
+    from pocl.report import Run, results_table
+
+    if until in ("evaluation", "report"):
+        run = Run.read(folder)
+        content = results_table(run.results, run.parameters)
+        table = Table(box=None, pad_edge=False)
+        for column, title in enumerate(content.header):
+            table.add_column(title, justify="right" if column in content.numbers else "left")
+        for index, row in enumerate(content.rows):
+            table.add_row(*row, style="bold" if index == content.strong else None)
+        console.print()
+        console.print(table)
+        console.print("[dim]Cross-entropy and KL in nats per token, lower is better; ROUGE-L, higher is better.[/dim]")
+    shown = {"Student": "student", "Report": "report/index.html", "Ranking": "ranking/ranked.parquet"}
+    console.print()
+    for title, name in shown.items():
+        if (folder / name).exists():
+            console.print(f"{title + ':':9} {folder / name}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the `pocl` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What the steps of a run share: the recipe, the folder, and models and tables loaded when a step asks for them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocl.embedded import EMBEDDED, embedded_versions, teacher_folder
+from pocl.recipe import Recipe
+from pocl.recipe.sections import StudentSection, TeacherSection
+from pocl.run_folder import content_fingerprint
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+
+SPLITS = ("train", "validation", "test")
+
+
+class Context:
+    """One run in progress.
+
+    Attributes:
+        recipe: what to do.
+        path: the run folder.
+        console: where to tell the user.
+        summaries: the summary of every step finished so far.
+    """
+
+    def __init__(self, recipe: Recipe, path: Path, console: Console) -> None:
+        self.recipe = recipe
+        self.path = path
+        self.console = console
+        self.summaries: dict[str, Mapping[str, Any]] = {}
+        self._loaded: dict[str, Any] = {}
+
+    def release(self) -> None:
+        """Forget loaded models and tables, so that a step's memory ends with it."""
+        self._loaded.clear()
+
+    def say(self, text: str) -> None:
+        """One line below the running step's headline."""
+        self.console.print(f"      {text}", highlight=False)
+
+    # --------------------------------------------------------------------------------------------------------- models
+
+    def teacher_source(self) -> str:
+        """Hub id or folder of the teacher; the embedded one is converted on first use."""
+        model = self.recipe.teacher.model
+        return str(teacher_folder(on_convert=self.say)) if model == EMBEDDED else model
+
+    def student_source(self) -> str:
+        """Hub id or folder of the student before any training."""
+        return self.recipe.student.model or str(self.path / "student-initial")
+
+    def warm_student_source(self) -> str:
+        """The student that is ranked with and that the curriculum starts from."""
+        return str(self.path / "warmup" / "student") if self.recipe.warmup.epochs else self.student_source()
+
+    def teacher(self) -> Any:
+        """The teacher, in eval mode, on the device."""
+        return self._load("teacher", lambda: self.load_model(self.teacher_source(), self.recipe.teacher))
+
+    def tokenizer(self) -> Any:
+        """The student's tokenizer (the teacher's where the student is cut from it); has a padding token."""
+        return self._load("tokenizer", self._load_tokenizer)
+
+    def load_model(self, source: str, section: TeacherSection | StudentSection) -> Any:
+        """A causal language model with the options of its section of the recipe, in eval mode, on the device."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, section.dtype),
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=True,  # no pickled weights, whoever uploaded them
+            **options,
+        )
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load_student(self, source: str) -> Any:
+        return self.load_model(source, self.recipe.student)
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        student = self.recipe.student
+        source = student.model or self.teacher_source()
+        section: TeacherSection | StudentSection = student if student.model else self.recipe.teacher
+        options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    # --------------------------------------------------------------------------------------------------------- tables
+
+    def examples(self, split: str) -> Dataset:
+        """Prompts and responses of `train`, `validation` or `test`; may be empty but for `train`."""
+        return self._load(f"examples-{split}", lambda: read_parquet(self.path / "data" / f"{split}.parquet"))
+
+    def rows(self, split: str) -> Dataset:
+        """The same as token rows (`pocl.data.tokenize`)."""
+        return self._load(f"rows-{split}", lambda: self.tokenize(self.examples(split))[0])
+
+    def tokenize(self, examples: Dataset) -> tuple[Dataset, Any]:
+        from pocl.data import tokenize
+
+        return tokenize(examples, self.tokenizer(), progress=False, **self.text_options())
+
+    def text_options(self) -> dict[str, Any]:
+        """How examples become tokens, as keyword arguments that `tokenize`, `score` and `evaluate` share."""
+        data = self.recipe.data
+        return {
+            "template": data.template,
+            "max_length": data.max_length,
+            "max_prompt_length": data.max_prompt_length,
+        }
+
+    def _load(self, key: str, make: Any) -> Any:
+        if key not in self._loaded:
+            self._loaded[key] = make()
+        return self._loaded[key]
+
+
+def read_parquet(path: Path) -> Dataset:
+    """A table in memory; nothing is copied to the cache that `datasets` keeps."""
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    return Dataset(pyarrow.parquet.read_table(path))
+
+
+def write_parquet(table: Dataset, path: Path) -> None:
+    """Write a table so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        table.to_parquet(name)
+        with open(name, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def source_fingerprint(source: str, revision: str | None = None) -> str:
+    """What stands for the content of a model or data set: package versions, file contents, or hub id and revision."""
+    if source == EMBEDDED:
+        return " ".join(f"{wheel} {version}" for wheel, version in embedded_versions().items())
+    path = Path(source)
+    return content_fingerprint(path) if path.exists() else f"{source}@{revision or 'main'}"

@@ -1,0 +1,49 @@
+"""What a recipe would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pocl.pipeline.steps import build_steps
+from pocl.pipeline.training import curriculum_of, teacher_passes
+from pocl.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run."""
+
+    steps: list[tuple[str, str]]
+    """Name and purpose of each step."""
+    stages: list[dict[str, str]]
+    """A row for each stage (see `Curriculum.table`)."""
+    num_samples: int | None
+    """Training samples, as far as that is known without tokenising; None where the data could not be read."""
+    unknown: str
+    """Why the number of samples is not known; empty if it is."""
+    teacher: str
+    """How often the teacher runs, in words."""
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Stages, samples, steps, temperatures and learning rates of a recipe. Reads the data, never the models."""
+    from pocl.pipeline.prepare import split_examples
+
+    count, unknown = None, ""
+    try:
+        count = len(split_examples(recipe)["train"])
+    except Exception as error:  # whatever a hub, a network or a file may raise: a plan is possible without
+        unknown = f"{type(error).__name__}: {error}"
+    curriculum = curriculum_of(recipe)
+    parts = recipe.curriculum.num_stages
+    training = recipe.training
+    subsets = None if count is None else [min(i * parts // count, parts - 1) for i in range(count)]
+    stages = curriculum.table(subsets, training.batch_size * training.gradient_accumulation_steps)
+    passes = teacher_passes(recipe)
+    mode = recipe.teacher_cache.mode
+    teacher = (
+        f"runs once, its hidden states serve all {passes:.3g} passes over the samples"
+        if mode == "cached" or (mode == "auto" and passes > 1)
+        else f"runs at every step, {passes:.3g} passes over the samples"
+    )
+    return Plan([(step.name, step.why) for step in build_steps(recipe)], stages, count, unknown, teacher)

@@ -1,0 +1,149 @@
+"""The steps before any training: models, data, and the teacher's hidden states."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocl.embedded import EMBEDDED, cut_layers, question_answer_pairs
+from pocl.pipeline.context import SPLITS, Context, write_parquet
+from pocl.recipe import Recipe
+from pocl.split import hold_out
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def prepare_models(context: Context) -> Mapping[str, Any]:
+    """Find the teacher, cut the student if there is none, and make sure that they speak the same tokens."""
+    from transformers import AutoTokenizer
+
+    from pocl.heads import check_vocabularies
+
+    teacher = context.teacher()
+    recipe = context.recipe
+    tokenizer = context.tokenizer()
+    if recipe.student.cut:
+        import torch
+
+        student = cut_layers(teacher, recipe.student.cut).to(getattr(torch, recipe.student.dtype))
+        student.save_pretrained(context.path / "student-initial")
+        tokenizer.save_pretrained(context.path / "student-initial")
+    else:
+        student = context.load_student(context.student_source())
+        trust = recipe.teacher.trust_remote_code
+        check_vocabularies(tokenizer, AutoTokenizer.from_pretrained(context.teacher_source(), trust_remote_code=trust))
+    check_vocabularies(student.config.vocab_size, teacher.config.vocab_size)
+    sizes = {"teacher": num_parameters(teacher), "student": num_parameters(student)}
+    layers = f"{student.config.num_hidden_layers} of {teacher.config.num_hidden_layers} layers"
+    return {
+        "parameters": sizes,
+        "teacher_source": context.teacher_source(),
+        "note": f"Teacher {millions(sizes['teacher'])}, student {millions(sizes['student'])} parameters"
+        + (f" ({layers})." if recipe.student.cut else "."),
+    }
+
+
+def num_parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())  # tied weights are one parameter, counted once
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def prepare_data(context: Context) -> Mapping[str, Any]:
+    """Read, split and check the examples; those without a prompt or a response are dropped and counted."""
+    counts: dict[str, int] = {}
+    reports: dict[str, str] = {}
+    for split, examples in split_examples(context.recipe).items():
+        kept = examples
+        if len(examples):
+            rows, report = context.tokenize(examples)
+            ids = set(rows["sample_id"])
+            kept = examples.select([i for i, number in enumerate(examples["id"]) if number in ids])
+            reports[split] = str(report)
+            context.say(f"{split}: {report}")
+        counts[split] = len(kept)
+        write_parquet(kept, context.path / "data" / f"{split}.parquet")
+    stages = context.recipe.curriculum.num_stages
+    if counts["train"] < stages:
+        raise ValueError(
+            f"{counts['train']} training samples cannot fill the {stages} stages of curriculum.num_stages: "
+            "use fewer stages or more data"
+        )
+    note = ", ".join(f"{counts[split]} for {split}" for split in SPLITS)
+    return {"counts": counts, "reports": reports, "note": f"{note}; equal prompts stay on one side."}
+
+
+def split_examples(recipe: Recipe) -> dict[str, Dataset]:
+    """The examples of train, validation and test, as the recipe's data section says; reads files or the hub.
+
+    Raises:
+        ValueError: unreadable or empty data (see `pocl.data.load_examples`), or nothing left to train on.
+    """
+    data = recipe.data
+    whole = _load(data.source, data.split, data.trust_remote_code)
+    named = {
+        "validation": (data.validation, data.validation_split, data.num_validation),
+        "test": (data.test, data.test_split, data.num_test),
+    }
+    held_out = {name: size for name, (source, _, size) in named.items() if source is None}
+    parts = hold_out(whole["prompt"], list(held_out.values()), seed=recipe.seed)
+    chosen = dict(zip(held_out, parts, strict=False))
+    train = sorted(parts[-1][: data.num_train])
+    found = {"train": whole.select(train)}
+    for name, (source, split, size) in named.items():
+        if source is None:
+            found[name] = whole.select(chosen[name])
+        elif size == 0:
+            found[name] = whole.select([])
+        else:
+            found[name] = _load(source, split, data.trust_remote_code, size)
+    return found
+
+
+def _load(source: str, split: str, trust_remote_code: bool, limit: int | None = None) -> Dataset:
+    from datasets import Dataset
+
+    from pocl.data import load_examples
+
+    data: Any = Dataset.from_list(question_answer_pairs()) if source == EMBEDDED else source
+    # A single file has one split, and `datasets` calls it train.
+    split = "train" if Path(source).is_file() else split
+    return load_examples(data, split=split, limit=limit, trust_remote_code=trust_remote_code)
+
+
+def cache_teacher(context: Context) -> Mapping[str, Any]:
+    """Run the teacher once over the training and validation samples and keep its last hidden states."""
+    import torch
+    from datasets import concatenate_datasets
+
+    from pocl.pipeline.training import teacher_passes
+    from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
+
+    section = context.recipe.teacher_cache
+    teacher = context.teacher()
+    splits = ["train", *(["validation"] if len(context.examples("validation")) else [])]
+    rows = concatenate_datasets([context.rows(split) for split in splits])
+    dtype = getattr(torch, section.dtype) if section.dtype else teacher.dtype
+    size = HiddenStateCache.estimate_bytes(rows, teacher.config.get_text_config().hidden_size, dtype)
+    if section.mode == "auto":
+        choice = choose_teacher(teacher_passes(context.recipe), size, shutil.disk_usage(context.path).free)
+        if not choice.cached:
+            return {"cached": False, "note": f"{choice.reason[:1].upper()}{choice.reason[1:]}."}
+    cache = HiddenStateCache.build(
+        context.path / "teacher-cache",
+        OnlineTeacher(teacher),
+        rows,
+        dtype=dtype,
+        tokenizer=context.tokenizer(),
+        template=context.recipe.data.template,
+        batch_tokens=section.batch_tokens,
+    )
+    return {
+        "cached": True,
+        "note": f"{cache.num_tokens} answer tokens in {size / 1e6:.1f} MB; exact at every temperature.",
+    }

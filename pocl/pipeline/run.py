@@ -1,0 +1,46 @@
+"""Running a recipe up to one of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocl.pipeline.context import Context
+from pocl.pipeline.engine import run_steps
+from pocl.pipeline.steps import CACHE, build_steps
+from pocl.recipe import Recipe
+from pocl.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run(recipe: Recipe, *, until: str = "report", change: bool = False, console: Console | None = None) -> Path:
+    """Do what is missing in the recipe's output folder, up to and with the step `until`.
+
+    Args:
+        recipe: what to do.
+        until: name of the last step: models, data, teacher-cache, warm-up, ranking, training, evaluation, report.
+        change: accept a folder of a recipe that differs and do again what is affected.
+        console: where progress is told; standard output when left out.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: the recipe has no such step.
+        RunFolderError: the folder belongs to another recipe.
+    """
+    from rich.console import Console
+
+    steps = build_steps(recipe)
+    names = [step.name for step in steps]
+    if until not in names:
+        hint = "; to cache all the same, set teacher_cache.mode to cached" if until == CACHE else ""
+        raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
+    path = Path(recipe.output)
+    folder = RunFolder(path, change=change)
+    folder.claim(recipe.model_dump(mode="json"))
+    context = Context(recipe, path, console or Console())
+    run_steps(steps[: names.index(until) + 1], context, folder, context.console)
+    return path

@@ -1,0 +1,110 @@
+"""The steps of a run in their order, and what each depends on."""
+
+from __future__ import annotations
+
+from pocl.pipeline.context import source_fingerprint
+from pocl.pipeline.engine import Step
+from pocl.pipeline.evaluating import evaluate_models, write_report
+from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
+from pocl.pipeline.training import curriculum_of, rank_samples, train_curriculum, warm_up
+from pocl.recipe import Recipe
+
+MODELS, DATA, CACHE, WARMUP, RANKING = "models", "data", "teacher-cache", "warm-up", "ranking"
+TRAINING, EVALUATION, REPORT = "training", "evaluation", "report"
+
+
+def build_steps(recipe: Recipe) -> list[Step]:
+    """Models, data, teacher cache (if used), warm-up (if any), ranking, training, evaluation, report."""
+    values = recipe.model_dump(mode="json")
+    seed = {"seed": recipe.seed}
+    before = [MODELS, DATA]
+    steps = [
+        Step(
+            MODELS,
+            "Get the teacher, and the student that will learn from it.",
+            prepare_models,
+            outputs=["student-initial"] if recipe.student.cut else [],
+            settings={
+                **_part(values, "teacher", "student"),
+                "teacher_content": source_fingerprint(recipe.teacher.model, recipe.teacher.revision),
+                "student_content": recipe.student.model
+                and source_fingerprint(recipe.student.model, recipe.student.revision),
+            },
+        ),
+        Step(
+            DATA,
+            "Read the questions and answers, and set some aside that the student never trains on.",
+            prepare_data,
+            outputs=["data"],
+            needs=[MODELS],
+            settings={
+                **_part(values, "data"),
+                **seed,
+                "content": {
+                    key: source_fingerprint(source)
+                    for key in ("source", "validation", "test")
+                    if (source := getattr(recipe.data, key))
+                },
+            },
+        ),
+    ]
+    if recipe.teacher_cache.mode != "online":
+        steps.append(
+            Step(
+                CACHE,
+                "Run the teacher once and keep what it thinks of every answer token; training then needs it no more.",
+                cache_teacher,
+                outputs=["teacher-cache"],
+                needs=[MODELS, DATA],
+                settings=_part(values, "teacher_cache"),
+            )
+        )
+        before.append(CACHE)
+    if recipe.warmup.epochs:
+        steps.append(
+            Step(
+                WARMUP,
+                "Plain distillation on all samples, so that the student speaks before it is asked what is hard.",
+                warm_up,
+                outputs=["warmup"],
+                needs=list(before),
+                settings={**_part(values, "warmup", "training"), **seed},
+            )
+        )
+        before.append(WARMUP)
+    steps += [
+        Step(
+            RANKING,
+            "The student answers every training question: what it answers well and expects is easy.",
+            rank_samples,
+            outputs=["ranking"],
+            needs=[name for name in before if name != CACHE],
+            settings={**_part(values, "ranking"), "num_stages": recipe.curriculum.num_stages},
+        ),
+        Step(
+            TRAINING,
+            f"Distillation in {len(curriculum_of(recipe).stages)} stage(s), from easy to hard, as the recipe says.",
+            train_curriculum,
+            outputs=["training", "student"],
+            needs=[*before, RANKING],
+            settings={**_part(values, "curriculum", "loss", "training"), **seed},
+        ),
+    ]
+    if recipe.data.num_test:
+        steps.append(
+            Step(
+                EVALUATION,
+                "All models on the questions set aside.",
+                evaluate_models,
+                outputs=["evaluation"],
+                needs=[*before, TRAINING],
+                settings=_part(values, "evaluation"),
+            )
+        )
+    after = [step.name for step in steps]
+    steps.append(Step(REPORT, "Tables and pictures of the run.", write_report, outputs=["report"], needs=after))
+    return steps
+
+
+def _part(values: dict[str, object], *sections: str) -> dict[str, object]:
+    return {section: values[section] for section in sections}

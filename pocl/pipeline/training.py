@@ -1,0 +1,273 @@
+"""The steps that train: warm-up, ranking with the student that results, and the curriculum."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocl.curriculum import Curriculum, Stage, per_stage
+from pocl.pipeline.context import Context, read_parquet, write_parquet
+from pocl.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from pocl.teacher import Teacher
+    from pocl_kernels import Divergence
+
+
+WARM_UP = "warm-up"
+
+
+def curriculum_of(recipe: Recipe) -> Curriculum:
+    """The curriculum that a recipe asks for."""
+    section = recipe.curriculum
+    if section.kind == "constant":
+        # as many passes as the stages make together: stage i of n holds i / n of the samples
+        passes = max(1, round(section.epochs[0] * (section.num_stages + 1) / 2))
+        return Curriculum.constant(
+            section.temperature[0],
+            section.kd_ratio[0],
+            passes,
+            num_subsets=section.num_stages,
+            skew=section.skew[0] if is_skewed(recipe) else None,
+            learning_rate=section.learning_rate[0],
+            patience=section.patience,
+        )
+    count = section.num_stages
+    options: dict[str, Any] = {
+        name: per_stage(name, _unpacked(getattr(section, name)), count)
+        for name in ("temperature", "kd_ratio", "learning_rate")
+    }
+    if is_skewed(recipe):
+        options["skew"] = per_stage("skew", _unpacked(section.skew), count)
+    options["epochs"] = section.epochs if len(section.epochs) > 1 else section.epochs[0]
+    for name in ("patience", "start", "optimizer", "schedule"):
+        options[name] = getattr(section, name)
+    if section.kind == "shuffled":
+        options["seed"] = recipe.seed
+    made: Curriculum = getattr(Curriculum, section.kind)(count, **options)
+    return made
+
+
+def _unpacked(values: Sequence[float]) -> float | Sequence[float]:
+    return values[0] if len(values) == 1 else values
+
+
+def is_skewed(recipe: Recipe) -> bool:
+    """Whether the divergence takes the skew of the stages."""
+    return recipe.loss.divergence in ("skew_fkl", "skew_rkl")
+
+
+def teacher_passes(recipe: Recipe) -> float:
+    """How many times warm-up and stages send the average sample through an online teacher."""
+    # subsets are of equal size but for a remainder, which does not matter here
+    return recipe.warmup.epochs + curriculum_of(recipe).passes(range(recipe.curriculum.num_stages))
+
+
+def divergence_of(recipe: Recipe) -> Divergence:
+    """The divergence that a recipe asks for, with its parameters; the skew comes from the stages."""
+    from pocl_kernels import DIVERGENCES
+
+    loss = recipe.loss
+    parameters = {"jsd": {"beta": loss.beta}, "alpha": {"alpha": loss.alpha}}.get(loss.divergence, {})
+    return DIVERGENCES[loss.divergence](**parameters)
+
+
+def teacher_for_training(context: Context) -> Teacher:
+    """The cached teacher if the run has a cache, else the model itself."""
+    from pocl.teacher import HiddenStateCache, OnlineTeacher
+
+    if context.summaries.get("teacher-cache", {}).get("cached"):
+        return HiddenStateCache.open(context.path / "teacher-cache")
+    return OnlineTeacher(context.teacher())
+
+
+def warm_up(context: Context) -> Mapping[str, Any]:
+    """One stage of plain distillation on all samples."""
+    section = context.recipe.warmup
+    stage = Stage(0, (0,), section.epochs, section.temperature, section.kd_ratio, None, section.learning_rate)
+    rows = context.rows("train")
+    folder = context.path / "warmup"
+    trainer = _trainer(
+        context,
+        folder,
+        model=context.load_student(context.student_source()),
+        rows=rows,
+        subsets=[0] * len(rows),
+        curriculum=Curriculum((stage,), WARM_UP, start="last"),
+        divergence="fkl",
+    )
+    trainer.train()
+    _save(trainer.model, context, folder / "student")
+    _remove_stages(folder)
+    return {"steps": trainer.state.global_step, "note": _loss_note(folder)}
+
+
+def rank_samples(context: Context) -> Mapping[str, Any]:
+    """Score every training sample with the student as it is, rank, and cut the ranking into parts."""
+    from pocl.difficulty import rank, score
+    from pocl.generation import GenerationSettings
+
+    section = context.recipe.ranking
+    examples = context.examples("train")
+    settings = GenerationSettings(
+        max_new_tokens=section.max_new_tokens, no_repeat_ngram_size=section.no_repeat_ngram_size
+    )
+    student = context.load_student(context.warm_student_source())
+    scores = score(student, context.tokenizer(), examples, generation=settings, **context.text_options())
+    write_parquet(scores, context.path / "ranking" / "scores.parquet")
+    num_stages = context.recipe.curriculum.num_stages
+    ranked = rank(scores, k=section.k, num_subsets=num_stages, partition=section.partition)
+    # `response` is the reference in a data set that other trainers read: the student's answer gets a name of its own
+    ranked = ranked.rename_column("response", "student_response")
+    order = {number: row for row, number in enumerate(examples["id"])}
+    chosen = examples.select([order[number] for number in ranked["sample_id"]]).remove_columns("id")
+    from datasets import concatenate_datasets
+
+    write_parquet(concatenate_datasets([ranked, chosen], axis=1), context.path / "ranking" / "ranked.parquet")
+    easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
+    return {
+        "note": f"Mean cross-entropy {easiest:.2f} in the easiest part, {hardest:.2f} in the hardest; "
+        f"{context.path / 'ranking' / 'ranked.parquet'}"
+    }
+
+
+def _mean(ranked: Dataset, part: int) -> float:
+    pairs = zip(ranked["cross_entropy"], ranked["subset"], strict=True)
+    values = [value for value, subset in pairs if subset == part]
+    return sum(values) / len(values)
+
+
+def train_curriculum(context: Context) -> Mapping[str, Any]:
+    """Train the student through the stages and save it with its tokenizer."""
+    recipe = context.recipe
+    rows = context.rows("train")
+    ranked = read_parquet(context.path / "ranking" / "ranked.parquet")
+    subset_of = dict(zip(ranked["sample_id"], ranked["subset"], strict=True))
+    subsets = [subset_of[number] for number in rows["sample_id"]]
+    curriculum = curriculum_of(recipe)
+    folder = context.path / "training"
+    trainer = _trainer(
+        context,
+        folder,
+        model=context.load_student(context.warm_student_source()),
+        rows=rows,
+        subsets=subsets,
+        curriculum=curriculum,
+        divergence=divergence_of(recipe),
+    )
+    trainer.train()
+    _save(trainer.model, context, context.path / "student")
+    _remove_stages(folder)
+    return {
+        "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
+        "note": f"{_loss_note(folder)} Student saved in {context.path / 'student'}",
+    }
+
+
+def _trainer(
+    context: Context,
+    folder: Path,
+    *,
+    model: Any,
+    rows: Dataset,
+    subsets: Sequence[int],
+    curriculum: Curriculum,
+    divergence: str | Divergence,
+) -> Any:
+    from pocl.trainer import POCLConfig, POCLTrainer
+
+    recipe = context.recipe
+    training = recipe.training
+    evaluates = len(context.examples("validation")) > 0 and curriculum.name != WARM_UP
+    config = POCLConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=curriculum.stages[0].learning_rate or 1e-4,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate_ratio},
+        bf16=training.precision == "bfloat16",
+        fp16=training.precision == "float16",
+        scale_by_temperature=recipe.loss.scale_by_temperature,
+        logging_steps=1 if len(rows) < 5000 else 10,
+        eval_strategy="epoch" if evaluates else "no",
+        save_strategy="epoch",
+        load_best_model_at_end=evaluates and curriculum.start == "best",
+        metric_for_best_model=training.metric if evaluates else None,
+        greater_is_better=training.metric == "rouge_l" if evaluates else None,
+        seed=recipe.seed,
+        **_checkpointing(training.activation_checkpointing),
+    )
+    measures_answers = evaluates and training.metric == "rouge_l"
+    return POCLTrainer(
+        model,
+        teacher_for_training(context),
+        config,
+        rows,
+        subsets,
+        curriculum,
+        eval_dataset=context.rows("validation") if evaluates else None,
+        processing_class=context.tokenizer(),
+        divergence=divergence,
+        compute_generation_metrics=_answer_metric(context) if measures_answers else None,
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, bool]:
+    """The argument of transformers, which goes by another name in older releases."""
+    from transformers import TrainingArguments
+
+    new, old = "activation_checkpointing", "gradient_checkpointing"
+    return {new if new in TrainingArguments.__dataclass_fields__ else old: True} if wanted else {}
+
+
+def _answer_metric(context: Context) -> Any:
+    """ROUGE-L of a student's greedy answers to the validation prompts."""
+    from pocl.generation import GenerationSettings, end_tokens, generate
+    from pocl.rouge import rouge_l
+
+    rows, examples = context.rows("validation"), context.examples("validation")
+    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+    answer_of = dict(zip(examples["id"], examples["response"], strict=True))
+    references = [answer_of[number] for number in rows["sample_id"]]
+    tokenizer = context.tokenizer()
+    settings = GenerationSettings(max_new_tokens=context.recipe.ranking.max_new_tokens)
+
+    def measure(model: Any) -> dict[str, float]:
+        ends = end_tokens(model, tokenizer)
+        answers = generate(model, prompts, settings, eos_token_ids=ends, progress=False)
+        scores = rouge_l(tokenizer.batch_decode(answers, skip_special_tokens=True), references)
+        return {"rouge_l": sum(scores) / len(scores)}
+
+    return measure
+
+
+def _save(model: Any, context: Context, folder: Path) -> None:
+    """Write a model and its tokenizer so that the folder is there in full or not at all."""
+    scratch = folder.with_name(f".{folder.name}-writing")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    context.tokenizer().save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def _remove_stages(folder: Path) -> None:
+    """Checkpoints are for going on; a finished step needs them no more, and they hold three times the model each."""
+    for stage in folder.glob("stage-*"):
+        shutil.rmtree(stage)
+
+
+def _loss_note(folder: Path) -> str:
+    from pocl.report.run import read_log
+
+    values = [line["divergence"] for line in read_log(folder / "log.jsonl") if "divergence" in line]
+    count = max(1, len(values) // 20)
+    first, last = sum(values[:count]) / count, sum(values[-count:]) / count
+    return f"Divergence from the teacher {first:.2f} -> {last:.2f} nats per token."

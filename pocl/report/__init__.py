@@ -1,0 +1,229 @@
+"""What a run did, to look at: `write_report(run folder)` makes report/index.html, report/report.md and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pocl.report.document import Code, Document, Heading, Paragraph, Picture, Table
+from pocl.report.run import MODEL_NAMES, Run
+
+__all__ = ["Run", "results_table", "write_report"]
+
+_SHOWN_SAMPLES = 5
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Read a run folder and write its report; parts that the run has no files for are left out.
+
+    Returns:
+        The self-contained HTML page.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+    """
+    run = Run.read(Path(run_folder))
+    folder = run.path / "report"
+    folder.mkdir(exist_ok=True)
+    document = Document(f"Distillation report: {run.recipe['name']}")
+    document.add(Paragraph(_summary(run)))
+    for section in (_results, _difficulty, _stages, _answers, _work):
+        section(run, folder, document)
+    from pocl.run_folder import write_text
+
+    write_text(folder / "report.md", document.markdown())
+    write_text(folder / "index.html", document.html(folder))
+    return folder / "index.html"
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, int]) -> Table:
+    """The models of a run side by side, in the order teacher, student before, between and after."""
+    header = ["model", "parameters", "cross-entropy", "KL to teacher", "ROUGE-L", "exact match"]
+    rows = []
+    for key, result in results.items():
+        count = parameters.get("teacher" if key == "teacher" else "student")
+        rows.append(
+            [
+                MODEL_NAMES[key],
+                f"{count / 1e6:.1f} M" if count else "",
+                _number(result.get("cross_entropy")),
+                _number(result.get("kl_to_teacher")),
+                _number(result.get("rouge_l"), 4),
+                _number(result.get("exact_match"), 4),
+            ]
+        )
+    strong = list(results).index("student-final") if "student-final" in results else None
+    return Table(header, rows, numbers=frozenset(range(1, 6)), strong=strong)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _summary(run: Run) -> str:
+    sizes = run.parameters
+    text = "pocl trains a small language model, the student, to give the answers of a large one, the teacher. "
+    if sizes:
+        text += f"Here {sizes['teacher'] / 1e6:.1f} M parameters taught {sizes['student'] / 1e6:.1f} M. "
+    before, after = run.results.get("student-initial"), run.results.get("student-final")
+    if before and after and before.get("kl_to_teacher") and after.get("kl_to_teacher"):
+        first, last = before["kl_to_teacher"], after["kl_to_teacher"]
+        text += (
+            f"On {after['num_samples']} samples that the student never trained on, its distance from the teacher "
+            f"(KL) went from {first:.2f} to {last:.2f} nats per token, {first / last:.1f} times closer."
+        )
+    return text
+
+
+def _results(run: Run, folder: Path, document: Document) -> None:
+    if not run.results:
+        return
+    from pocl.report.figures import draw_results
+
+    draw_results([MODEL_NAMES[key] for key in run.results], list(run.results.values()), folder / "results.png")
+    document.add(
+        Heading("Results on held-out questions"),
+        results_table(run.results, run.parameters),
+        Paragraph(
+            "Cross-entropy: how surprised the model is by the reference answer, in nats per token; guessing evenly "
+            "among V tokens gives ln V. KL to teacher: how far the model's next-token distribution is from the "
+            "teacher's; 0 is a perfect copy. ROUGE-L: how much of the reference answer its own answer has in "
+            "common, in order, from 0 to 1. Exact match: share of answers equal to the reference but for case, "
+            "punctuation and articles."
+        ),
+        Picture("results.png", "The same numbers as bars."),
+    )
+
+
+def _difficulty(run: Run, folder: Path, document: Document) -> None:
+    if not run.ranked:
+        return
+    from pocl.report.figures import draw_difficulty
+
+    draw_difficulty(run.ranked, folder / "difficulty.png")
+    order = sorted(range(len(run.ranked["rank"])), key=lambda i: run.ranked["rank"][i])
+    document.add(
+        Heading("What is easy, what is hard"),
+        Paragraph(
+            "Before the curriculum the student answered every training question. A sample is easy if its answer "
+            "resembles the reference (ROUGE-L) and the reference does not surprise it (cross-entropy). The two "
+            f"rankings are fused (reciprocal rank fusion) and cut into {len(set(run.ranked['subset']))} parts."
+        ),
+        Picture(
+            "difficulty.png",
+            "Left: cross-entropy of the training samples; the parts overlap because ROUGE-L counts too. "
+            "Right: every dot is a sample.",
+        ),
+        Heading("The easiest samples", 3),
+        _sample_table(run.ranked, order[:_SHOWN_SAMPLES]),
+        Heading("The hardest samples", 3),
+        _sample_table(run.ranked, order[::-1][:_SHOWN_SAMPLES]),
+    )
+
+
+def _sample_table(ranked: Mapping[str, Sequence[Any]], chosen: Sequence[int]) -> Table:
+    header = ["rank", "question", "reference answer", "the student's answer then", "cross-entropy", "ROUGE-L"]
+    rows = [
+        [
+            str(ranked["rank"][i]),
+            shorten(ranked["prompt"][i]),
+            shorten(ranked["response"][i]),
+            shorten(ranked["student_response"][i]),
+            _number(ranked["cross_entropy"][i], 2),
+            _number(ranked["rouge_l"][i], 2),
+        ]
+        for i in chosen
+    ]
+    return Table(header, rows, numbers=frozenset({0, 4, 5}))
+
+
+def shorten(text: str, limit: int = 160) -> str:
+    """One line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def _stages(run: Run, folder: Path, document: Document) -> None:
+    if not run.log:
+        return
+    from pocl.report.figures import draw_losses, draw_stages, draw_validation
+
+    stages = run.stages()
+    draw_stages(run.log, stages, folder / "stages.png")
+    draw_losses(run.warmup_log, run.log, stages, folder / "losses.png")
+    document.add(
+        Heading("The stages"),
+        Paragraph(
+            "Training begins with the easiest part and adds a harder one at every stage. The temperature, which "
+            "flattens both distributions and brings out what the teacher thinks of unlikely tokens, and the weight "
+            "of the teacher against the reference answers change from stage to stage."
+        ),
+        Table(
+            ["stage", "samples", "steps", "temperature", "weight of the teacher", "divergence: first, last"],
+            [
+                [
+                    str(stage["stage"]),
+                    str(stage["num_samples"]),
+                    str(stage["last_step"] - stage["first_step"]),
+                    f"{stage['temperature']:.2f}",
+                    f"{stage['kd_ratio']:.2f}",
+                    f"{stage['divergence'][0]:.3f}, {stage['divergence'][1]:.3f}",
+                ]
+                for stage in stages
+            ],
+            numbers=frozenset(range(6)),
+        ),
+        Picture("stages.png", "Samples, temperature, weight of the teacher and learning rate over the steps."),
+        Picture(
+            "losses.png",
+            "Training losses, thin as logged and thick as a moving average. A loss may jump where a stage begins: "
+            "harder samples come in, and the temperature changes the scale.",
+        ),
+    )
+    if run.validation:
+        draw_validation(run.validation, stages, folder / "validation.png")
+        document.add(Picture("validation.png", "Validation samples, measured while training."))
+
+
+def _answers(run: Run, folder: Path, document: Document) -> None:
+    answers = {key: result["responses"] for key, result in run.results.items() if result.get("responses")}
+    if not answers or not run.test:
+        return
+    keys = list(answers)
+    count = min(_SHOWN_SAMPLES + 1, *(len(answers[key]) for key in keys))
+    rows = [
+        [shorten(run.test["prompt"][i]), shorten(run.test["response"][i]), *(shorten(answers[key][i]) for key in keys)]
+        for i in range(count)
+    ]
+    document.add(
+        Heading("Answers to held-out questions"),
+        Paragraph("The first questions of the test part, not selected."),
+        Table(["question", "reference", *(MODEL_NAMES[key] for key in keys)], rows),
+    )
+
+
+def _work(run: Run, folder: Path, document: Document) -> None:
+    from pocl.pipeline.engine import duration
+
+    rows = [
+        [name, duration(record["seconds"]), str(record["summary"].get("note", ""))]
+        for name, record in run.steps.items()
+        if record.get("state") == "finished" and name != "report"
+    ]
+    document.add(
+        Heading("What was done"),
+        Table(["step", "time", "outcome"], rows, numbers=frozenset({1})),
+        Heading("Recipe"),
+        Code((run.path / "recipe.yaml").read_text(encoding="utf-8")),
+    )
+    student = run.path / "student"
+    if student.is_dir():
+        document.add(
+            Heading("Using the student"),
+            Code(
+                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                f"student = AutoModelForCausalLM.from_pretrained({str(student)!r})\n"
+                f"tokenizer = AutoTokenizer.from_pretrained({str(student)!r})"
+            ),
+        )

@@ -1,0 +1,133 @@
+"""A document as a list of blocks, written as Markdown beside its pictures or as one HTML file with them inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 60rem; margin: 2.5rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { font-size: 1.3rem; margin-top: 2.6rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
+th { text-align: left; border-bottom: 2px solid #9fb3c8; }
+th, td { padding: .35rem .8rem .35rem 0; vertical-align: top; }
+td { border-bottom: 1px solid #e4e9f0; overflow-wrap: anywhere; white-space: pre-wrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.strong td { font-weight: 650; }
+figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #52606d; font-size: .92rem; }
+pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: .82rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+    def markdown(self) -> str:
+        return f"{'#' * self.level} {self.text}"
+
+    def html(self, folder: Path) -> str:
+        return f"<h{self.level}>{html.escape(self.text)}</h{self.level}>"
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+    def markdown(self) -> str:
+        return self.text
+
+    def html(self, folder: Path) -> str:
+        return f"<p>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[int] = frozenset()
+    """Columns set flush right."""
+    strong: int | None = None
+    """Row to stand out."""
+
+    def markdown(self) -> str:
+        rule = ["---:" if column in self.numbers else "---" for column in range(len(self.header))]
+        body = [[_cell(text) for text in row] for row in self.rows]
+        if self.strong is not None:
+            body[self.strong] = [f"**{text}**" if text.strip() else text for text in body[self.strong]]
+        return "\n".join("| " + " | ".join(row) + " |" for row in [list(self.header), rule, *body])
+
+    def html(self, folder: Path) -> str:
+        def line(cells: Sequence[str], tag: str, css: str = "") -> str:
+            parts = (
+                f"<{tag}{' class=number' if column in self.numbers else ''}>{html.escape(text)}</{tag}>"
+                for column, text in enumerate(cells)
+            )
+            return f"<tr{css}>{''.join(parts)}</tr>"
+
+        body = (line(row, "td", " class=strong" if i == self.strong else "") for i, row in enumerate(self.rows))
+        return f"<table><thead>{line(self.header, 'th')}</thead><tbody>{''.join(body)}</tbody></table>"
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+    """Name of a PNG in the document's folder."""
+    caption: str
+
+    def markdown(self) -> str:
+        return f"![{_cell(self.caption)}]({self.file})\n\n*{self.caption}*"
+
+    def html(self, folder: Path) -> str:
+        data = base64.b64encode((folder / self.file).read_bytes()).decode()
+        caption = html.escape(self.caption)
+        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+@dataclass(frozen=True)
+class Code:
+    text: str
+
+    def markdown(self) -> str:
+        return f"```\n{self.text.rstrip()}\n```"
+
+    def html(self, folder: Path) -> str:
+        return f"<pre>{html.escape(self.text.rstrip())}</pre>"
+
+
+Block = Heading | Paragraph | Table | Picture | Code
+
+
+@dataclass
+class Document:
+    """Blocks under a title."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+    def add(self, *blocks: Block) -> None:
+        self.blocks += blocks
+
+    def markdown(self) -> str:
+        return "\n\n".join([f"# {self.title}", *(block.markdown() for block in self.blocks)]) + "\n"
+
+    def html(self, folder: Path) -> str:
+        """One self-contained page; pictures are read from `folder`."""
+        body = "\n".join(block.html(folder) for block in self.blocks)
+        title = html.escape(self.title)
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+            f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+        )
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())

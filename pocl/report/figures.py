@@ -1,0 +1,227 @@
+"""The pictures of a report, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, QUIET, GRID = "#1d2733", "#7b8794", "#e4e9f0"
+TEACHING, LABELS, BEST = "#2f6fab", "#d1782a", "#2a8c6e"
+DPI = 140
+
+
+def draw_difficulty(ranked: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """Cross-entropies by part, and the two rankings against each other.
+
+    Args:
+        ranked: columns `cross_entropy`, `rouge_l`, `rank_cross_entropy`, `rank_rouge_l` and `subset`.
+        path: PNG to write.
+    """
+    figure = _figure(9.6, 3.7)
+    left, right = figure.subplots(1, 2)
+    subsets = sorted(set(ranked["subset"]))
+    colours = _easy_to_hard(len(subsets))
+    parts = {s: [i for i, value in enumerate(ranked["subset"]) if value == s] for s in subsets}
+    left.hist(
+        [[ranked["cross_entropy"][i] for i in parts[s]] for s in subsets],
+        bins=30,
+        stacked=True,
+        color=colours,
+        label=[_part_name(s, len(subsets)) for s in subsets],
+    )
+    _label(left, "Difficulty by cross-entropy", "cross-entropy of the reference answer (nats per token)", "samples")
+    left.legend(frameon=False, fontsize=8)
+    for s, colour in zip(subsets, colours, strict=True):
+        x = [ranked["rank_cross_entropy"][i] for i in parts[s]]
+        y = [ranked["rank_rouge_l"][i] for i in parts[s]]
+        right.scatter(x, y, s=9, color=colour, linewidths=0)
+    _label(right, "The two rankings that are fused", "rank by cross-entropy (1 = easiest)", "rank by ROUGE-L")
+    _save(figure, path)
+
+
+def draw_stages(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Samples, temperature, weight of the teacher and learning rate over the steps of the curriculum.
+
+    Args:
+        log: training lines with `step`, `temperature`, `kd_ratio`, `learning_rate`.
+        stages: for each stage `first_step`, `last_step` and `num_samples`.
+        path: PNG to write.
+    """
+    figure = _figure(9.6, 5.4)
+    axes = figure.subplots(4, 1, sharex=True)
+    for stage in stages:
+        width = stage["last_step"] - stage["first_step"]
+        axes[0].bar(stage["first_step"], stage["num_samples"], width, align="edge", color=TEACHING, alpha=0.85)
+        middle = stage["first_step"] + width / 2
+        axes[0].annotate(
+            str(stage["num_samples"]), (middle, stage["num_samples"]), ha="center", va="bottom", fontsize=8
+        )
+    axes[0].margins(y=0.25)
+    _label(axes[0], "What each stage trains on, and how", "", "samples")
+    steps = [line["step"] for line in log]
+    for axis, key, name in zip(
+        axes[1:],
+        ("temperature", "kd_ratio", "learning_rate"),
+        ("temperature", "weight of\nthe teacher", "learning\nrate"),
+        strict=True,
+    ):
+        drawn = "steps-mid" if key != "learning_rate" else "default"
+        axis.plot(steps, [line[key] for line in log], color=INK, linewidth=1.6, drawstyle=drawn)
+        axis.margins(y=0.2)
+        _label(axis, "", "", name)
+    for axis in axes:
+        _mark_stages(axis, stages, named=axis is axes[0])
+    axes[-1].set_xlabel("optimizer step", fontsize=9)
+    _save(figure, path)
+
+
+def draw_losses(
+    warmup: Sequence[Mapping[str, Any]],
+    log: Sequence[Mapping[str, Any]],
+    stages: Sequence[Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """Divergence from the teacher and cross-entropy with the labels, step by step, warm-up first (negative steps)."""
+    figure = _figure(9.6, 5.0)
+    axes = figure.subplots(2, 1, sharex=True)
+    shift = warmup[-1]["step"] if warmup else 0
+    for axis, key, colour, title in (
+        (axes[0], "divergence", TEACHING, "Divergence from the teacher (at the stage's temperature)"),
+        (axes[1], "cross_entropy", LABELS, "Cross-entropy with the reference answers"),
+    ):
+        for lines, offset in ((warmup, -shift), (log, 0)):
+            points = [(line["step"] + offset, line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+                axis.plot(x, smooth(y), color=colour, linewidth=1.8)
+        if warmup:
+            axis.axvspan(-shift, 0, color=GRID, alpha=0.6, linewidth=0)
+            axis.annotate("warm-up", (-shift / 2, 0.97), xycoords=("data", "axes fraction"), **_NOTE)
+        _label(axis, title, "", "nats per token")
+        _mark_stages(axis, stages, named=True)
+        axis.set_ylim(bottom=0)
+    axes[-1].set_xlabel("optimizer step", fontsize=9)
+    _save(figure, path)
+
+
+def draw_validation(lines: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Validation loss and, where it was measured, ROUGE-L at every evaluation.
+
+    Args:
+        lines: evaluation lines with `step` and `eval_loss` or `eval_rouge_l`.
+    """
+    kinds = [
+        (key, title, colour)
+        for key, title, colour in (
+            ("eval_loss", "Loss on the validation samples (lower is better)", TEACHING),
+            ("eval_rouge_l", "ROUGE-L of the answers on the validation samples (higher is better)", BEST),
+        )
+        if any(line.get(key) is not None for line in lines)
+    ]
+    figure = _figure(9.6, 2.5 * len(kinds))
+    axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (key, title, colour) in zip(axes, kinds, strict=True):
+        for stage in stages:  # the loss of another temperature is another scale: no line across stages
+            points = [(x["step"], x[key]) for x in lines if x.get("stage") == stage["stage"] and x.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=4)
+        axis.margins(y=0.25)
+        _label(axis, title, "", "")
+        _mark_stages(axis, stages, named=True)
+    axes[-1].set_xlabel("optimizer step", fontsize=9)
+    _save(figure, path)
+
+
+def draw_results(names: Sequence[str], results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars for every model: cross-entropy, KL to the teacher, ROUGE-L."""
+    kinds = [
+        (key, title)
+        for key, title in (
+            ("cross_entropy", "cross-entropy (nats per token)\nlower is better"),
+            ("kl_to_teacher", "KL to the teacher (nats per token)\nlower is better"),
+            ("rouge_l", "ROUGE-L\nhigher is better"),
+        )
+        if any(result.get(key) is not None for result in results)
+    ]
+    figure = _figure(9.6, 0.8 + 0.45 * len(names))
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    colours = [QUIET] * (len(names) - 1) + [TEACHING]
+    for axis, (key, title) in zip(axes, kinds, strict=True):
+        values = [result.get(key) or 0.0 for result in results]
+        axis.barh(range(len(names)), values, color=colours, height=0.62)
+        for row, result in enumerate(results):
+            text = "" if result.get(key) is None else f" {result[key]:.3g}"
+            axis.annotate(text, (values[row], row), va="center", fontsize=8.5, color=INK)
+        axis.margins(x=0.22)
+        axis.set_yticks(range(len(names)), names, fontsize=9)
+        _label(axis, title, "", "")
+        axis.grid(visible=False)
+        axis.tick_params(axis="x", labelbottom=False, length=0)
+    axes[0].invert_yaxis()
+    _save(figure, path)
+
+
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average without the pull towards 0 at the start."""
+    out, total, mass = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        out.append(total / mass)
+    return out
+
+
+_NOTE: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": QUIET}
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)  # no pyplot: no global state, no display
+    return figure
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10, color=INK)
+    axis.set_xlabel(x, fontsize=9, color=INK)
+    axis.set_ylabel(y, fontsize=9, color=INK)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, colors=QUIET)
+    for side in ("top", "right", "left", "bottom"):
+        axis.spines[side].set_visible(side == "bottom")
+        axis.spines[side].set_color(QUIET)
+
+
+def _mark_stages(axis: Axes, stages: Sequence[Mapping[str, Any]], *, named: bool) -> None:
+    for stage in stages:
+        if stage["stage"] > 0:
+            axis.axvline(stage["first_step"], color=QUIET, linewidth=0.8, linestyle=(0, (3, 3)))
+        if named:
+            middle = (stage["first_step"] + stage["last_step"]) / 2
+            axis.annotate(f"stage {stage['stage']}", (middle, 0.97), xycoords=("data", "axes fraction"), **_NOTE)
+
+
+def _part_name(subset: int, count: int) -> str:
+    end = " (easiest)" if subset == 0 else " (hardest)" if subset == count - 1 else ""
+    return f"part {subset}{end}"
+
+
+def _easy_to_hard(count: int) -> list[Any]:
+    """Light to dark of one hue."""
+    from matplotlib import colormaps
+
+    shades = colormaps["Blues"]
+    return [shades(0.35 + 0.6 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=DPI)
