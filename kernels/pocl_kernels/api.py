@@ -88,7 +88,7 @@ def fused_linear_divergence(
             "teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()"
         )
     vocab_size = shared_vocab_size(student_head.vocab_size, teacher_head.vocab_size)
-    if not (isinstance(temperature, (int, float)) and temperature > 0 and math.isfinite(temperature)):
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} must be a positive number")
     if not 0.0 <= ce_weight <= 1.0:
         raise ValueError(f"ce_weight={ce_weight!r} must be in [0, 1]")
