@@ -34,7 +34,7 @@ from pocl.trainer.figures import Figures, FiniteLossGuard
 from pocl.trainer.fused import DistillationLossCall, install_fused_forward
 from pocl.trainer.progress import FinishedStage, RunProgress
 from pocl.trainer.sampler import StageRows, StageSampler, derived_seed
-from pocl.trainer.weights import load_weights, save_weights
+from pocl.trainer.weights import load_weights, no_saving_bars, save_weights
 from pocl_kernels import Divergence
 
 logger = logging.getLogger(__name__)
@@ -152,12 +152,13 @@ class POCLTrainer(Trainer):
         base_args: Any = vars(self)["args"]
         self._step_offset, output = 0, TrainOutput(0, 0.0, {})
         try:
-            for stage in self.curriculum.stages:
-                record = self.progress.finished(stage.index)
-                if record is None:
-                    self._restore_result_of(stage.index - 1)
-                    output, record = self._train_stage(stage, base_args)
-                self._step_offset += record.steps
+            with no_saving_bars():
+                for stage in self.curriculum.stages:
+                    record = self.progress.finished(stage.index)
+                    if record is None:
+                        self._restore_result_of(stage.index - 1)
+                        output, record = self._train_stage(stage, base_args)
+                    self._step_offset += record.steps
         finally:
             self.args = base_args
         self._restore_result_of(stage.index)

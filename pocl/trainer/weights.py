@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from transformers.utils import logging
 
 
 def save_weights(trainer: Any, folder: Path) -> None:
@@ -23,6 +26,18 @@ def save_weights(trainer: Any, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
+
+
+@contextmanager
+def no_saving_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every checkpoint across the bar of the stage."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_weights(model: Any, folder: Path) -> None:
