@@ -43,7 +43,7 @@ class Context:
 
     def say(self, text: str) -> None:
         """One line below the running step's headline."""
-        self.console.print(f"      {text}", highlight=False)
+        self.console.print(f"      {text}", highlight=False, soft_wrap=True)
 
     # --------------------------------------------------------------------------------------------------------- models
 

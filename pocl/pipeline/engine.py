@@ -53,11 +53,12 @@ def run_steps(steps: Sequence[Step], context: Context, folder: RunFolder, consol
         head = f"[bold]\\[{number}/{len(steps)}] {step.name}[/bold]"
         if folder.is_finished(step.name, marks[step.name]):
             record = folder.record(step.name)
-            console.print(f"{head} [dim]done before, in {duration(record['seconds'])}[/dim]")
+            console.print(f"{head} [dim]done before, in {duration(record['seconds'])}[/dim]", highlight=False)
             context.summaries[step.name] = record["summary"]
             continue
         resumes = folder.start(step.name, marks[step.name], step.settings, step.outputs)
-        console.print(f"{head}  {step.why}{' [yellow](goes on where it was cut off)[/yellow]' if resumes else ''}")
+        note = " [yellow](goes on where it was cut off)[/yellow]" if resumes else ""
+        console.print(f"{head}  {step.why}{note}", highlight=False, soft_wrap=True)
         started = time.perf_counter()
         try:
             summary = dict(step.run(context))
@@ -69,7 +70,8 @@ def run_steps(steps: Sequence[Step], context: Context, folder: RunFolder, consol
             gc.collect()
         folder.finish(step.name, step.outputs, seconds=time.perf_counter() - started, summary=summary)
         context.summaries[step.name] = summary
-        console.print(f"      [green]done[/green] in {duration(time.perf_counter() - started)}. {summary['note']}")
+        took = duration(time.perf_counter() - started)
+        console.print(f"      [green]done[/green] in {took}. {summary['note']}", highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

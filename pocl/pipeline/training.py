@@ -202,6 +202,7 @@ def _trainer(
         metric_for_best_model=training.metric if evaluates else None,
         greater_is_better=training.metric == "rouge_l" if evaluates else None,
         seed=recipe.seed,
+        disable_tqdm=False,  # transformers would derive it from its log level
         **_checkpointing(training.activation_checkpointing),
     )
     measures_answers = evaluates and training.metric == "rouge_l"

@@ -12,9 +12,9 @@ import yaml
 
 MODEL_NAMES = {
     "teacher": "teacher",
-    "student-initial": "student, untrained",
-    "student-warmup": "student after warm-up",
-    "student-final": "student after the stages",
+    "student-initial": "student before",
+    "student-warmup": "after warm-up",
+    "student-final": "after the stages",
 }
 
 
