@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from pocl_kernels import operators
 from pocl_kernels.autograd import FusedLoss, Result
@@ -39,6 +41,7 @@ def fused_linear_divergence(
     memory: str = "auto",
     workspace_mb: float | None = None,
     backend: str = "auto",
+    process_group: ProcessGroup | None = None,
 ) -> DivergenceOutput:
     """Divergence of a student's next-token distribution from a teacher's, from hidden states: full logits never exist.
 
@@ -65,6 +68,10 @@ def fused_linear_divergence(
         memory: "fast" computes gradients in the forward pass, "low" recomputes the logits in the backward pass; "auto"
             is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass.
         workspace_mb: bound on scratch memory in MiB, default 256, under "low" 96.
+        backend: "triton" (CUDA, ROCm), "cpu", or "auto" by the tensors' device.
+        process_group: the processes that share the vocabulary, each with the same consecutive rows of both heads, in
+            rank order; hidden states and labels (global token ids) are the same on all of them. Gradients of hidden
+            states are summed over the group, those of the weights belong to each process's rows.
 
     Returns:
         :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states,
@@ -73,29 +80,13 @@ def fused_linear_divergence(
     Raises:
         ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
     """
-    student_head, teacher_head = as_head(student_head), as_head(teacher_head)
+    student_head, teacher_head = _gathered(as_head(student_head)), _gathered(as_head(teacher_head))
     divergence = get_divergence(divergence)
-    _check_hidden("student", student_hidden, student_head)
-    _check_hidden("teacher", teacher_hidden, teacher_head)
-    shape = student_hidden.shape[:-1]
-    if teacher_hidden.shape[:-1] != shape:
-        raise ValueError(
-            f"teacher_hidden has leading shape {tuple(teacher_hidden.shape[:-1])}, student_hidden {tuple(shape)}: both "
-            "models must see the same tokens"
-        )
-    if teacher_hidden.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()"
-        )
-    vocab_size = shared_vocab_size(student_head.vocab_size, teacher_head.vocab_size)
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature={temperature!r} must be a positive number")
-    if not 0.0 <= ce_weight <= 1.0:
-        raise ValueError(f"ce_weight={ce_weight!r} must be in [0, 1]")
-    if ce_weight > 0 and labels is None:
-        raise ValueError(f"ce_weight={ce_weight!r} needs labels; pass labels or ce_weight=0")
+    vocab_size = _check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
+    _check_numbers(temperature, ce_weight, labels)
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
     _check_backend(backend, student_hidden.device)
+    shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
     flat_labels = _flat_labels(labels, shape, ignore_index, vocab_size)
     row_scale, count = _row_scale(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
@@ -112,6 +103,7 @@ def fused_linear_divergence(
         d, ce, entropy, *gradients = operators.linear_divergence(
             h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
             factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted, backend,
+            group_name,
         )  # fmt: skip
         # A part without weight must not enter: 0 * inf is not 0.
         loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
@@ -147,7 +139,7 @@ def fused_linear_cross_entropy(
     errors as in :func:`fused_linear_divergence`. Returns nats: a scalar, or ``[...]`` (0 at ignored positions) for
     ``reduction="none"``.
     """
-    head = as_head(head)
+    head = _gathered(as_head(head))
     _check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
@@ -183,6 +175,54 @@ def shared_vocab_size(student: int, teacher: int) -> int:
             f"{min(1024, small // 8)} rows here). Both models must use the same tokenizer"
         )
     return small
+
+
+def _gathered(head: Head) -> Head:
+    """A head whose tensors are whole: FSDP2's DTensors are gathered once a call, and gradients return to the shards."""
+
+    def whole(x: Any) -> Any:
+        return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+    return dataclasses.replace(head, weight=whole(head.weight), bias=whole(head.bias))
+
+
+def _check_models(
+    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head, process_group: ProcessGroup | None
+) -> int | None:
+    """The size of the shared vocabulary; None if it is spread over processes, none of which knows it."""
+    _check_hidden("student", student_hidden, student)
+    _check_hidden("teacher", teacher_hidden, teacher)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden has leading shape {tuple(teacher_hidden.shape[:-1])}, student_hidden "
+            f"{tuple(student_hidden.shape[:-1])}: both models must see the same tokens"
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(
+            f"teacher_hidden is on {teacher_hidden.device}, student_hidden on {student_hidden.device}: move them to "
+            "one device"
+        )
+    if teacher_hidden.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()"
+        )
+    if process_group is None:
+        return shared_vocab_size(student.vocab_size, teacher.vocab_size)
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"with process_group the shares of both heads must be the same tokens, got {student.vocab_size} rows of "
+            f"the student's and {teacher.vocab_size} of the teacher's: cut both heads to one vocabulary, then shard"
+        )
+    return None
+
+
+def _check_numbers(temperature: float, ce_weight: float, labels: Tensor | None) -> None:
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r} must be a positive number")
+    if not 0.0 <= ce_weight <= 1.0:
+        raise ValueError(f"ce_weight={ce_weight!r} must be in [0, 1]")
+    if ce_weight > 0 and labels is None:
+        raise ValueError(f"ce_weight={ce_weight!r} needs labels; pass labels or ce_weight=0")
 
 
 def _check_hidden(who: str, hidden: Tensor, head: Head) -> None:
@@ -227,7 +267,7 @@ def _check_backend(backend: str, device: torch.device) -> None:
         )
 
 
-def _flat_labels(labels: Tensor | None, shape: torch.Size, ignore_index: int, vocab_size: int) -> Tensor | None:
+def _flat_labels(labels: Tensor | None, shape: torch.Size, ignore_index: int, vocab_size: int | None) -> Tensor | None:
     if labels is None:
         return None
     if labels.shape != shape:
@@ -235,6 +275,8 @@ def _flat_labels(labels: Tensor | None, shape: torch.Size, ignore_index: int, vo
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels are {labels.dtype}: they must be int64 or int32 token ids")
     flat = labels.reshape(-1).to(torch.int64)
+    if vocab_size is None:  # no process alone knows the vocabulary: the backend checks
+        return flat
     fits = ((flat == ignore_index) | ((flat >= 0) & (flat < vocab_size))).all()
     message = f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}"
     if flat.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -26,7 +26,8 @@ class Divergence(abc.ABC):
     token: ClassVar[str]  # names the class in the arguments of the registered operators
     classes: ClassVar[dict[str, type[Divergence]]] = {}
     kl_weights: ClassVar[tuple[float, float] | None] = None
-    """(a, b) where D = a KL(p, q) + b KL(q, p) for whatever parameters: D is then had in one pass over the vocabulary."""
+    """(a, b) where D = a KL(p, q) + b KL(q, p) for whatever parameters: D is then had in one pass over the vocabulary.
+    """
 
     def __init_subclass__(cls) -> None:
         cls.token = f"{cls.__module__}.{cls.__qualname__}#{len(Divergence.classes)}"

@@ -41,6 +41,7 @@ def linear_divergence(
     workspace_mb: float,
     wanted: Sequence[bool],  # gradients of hidden, weight, bias
     backend: str,
+    process_group: str,
 ) -> Six:
     student_scale, student_softcap, teacher_scale, teacher_softcap = scales_and_softcaps
     plan = Plan(
@@ -54,6 +55,7 @@ def linear_divergence(
         teacher_scale=teacher_scale,
         teacher_softcap=teacher_softcap or None,
         workspace_mb=workspace_mb,
+        process_group=process_group,
     )
     rows = backend_module(backend, student_hidden.device).linear_divergence(
         student_hidden,
@@ -91,6 +93,7 @@ def _(
     workspace_mb: float,
     wanted: Sequence[bool],
     backend: str,
+    process_group: str,
 ) -> Six:
     dtype = compute_dtype(student_hidden, teacher_hidden)
     rows = student_hidden.shape[0]

@@ -26,6 +26,7 @@ class Plan:
     teacher_scale: float
     teacher_softcap: float | None
     workspace_mb: float
+    process_group: str = ""  # name of the group whose processes share the vocabulary; empty: the heads are whole
 
     @property
     def slope_coefficient(self) -> float:

@@ -171,8 +171,8 @@ def trace(divergence: Any) -> Program:
             result = recorder.leaf("const", float(result))
         if not isinstance(result, Scalar):
             raise TypeError(
-                f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the fields "
-                "of the divergence and the functions of pocl_kernels.scalar"
+                f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the "
+                "fields of the divergence and the functions of pocl_kernels.scalar"
             )
         results.append(result)
     needed: set[int] = set()

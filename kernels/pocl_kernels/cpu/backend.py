@@ -11,12 +11,13 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from pocl_kernels import parallel
 from pocl_kernels.cpu import compiler, eager
 from pocl_kernels.plan import Gradients, Plan, Rows
 from pocl_kernels.scalar import trace
@@ -47,7 +48,8 @@ def linear_divergence(
     teacher = _Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, Gradients(False, False, False))
     rows = _valid_rows(labels, plan.ignore_index, student_hidden.shape[0])
     results = torch.zeros(student_hidden.shape[0], 3, dtype=dtype)
-    kernel = _divergence_kernel(plan, dtype)
+    group = parallel.VocabularyGroup(plan.process_group, V, student_hidden.device) if plan.process_group else None
+    kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
     for index in _chunks(rows, buffers=2, vocab_size=V, itemsize=dtype.itemsize, workspace_mb=plan.workspace_mb):
         zs, zt = student.project(index), teacher.project(index)
         chunk_labels = None if labels is None else labels.index_select(0, index)
@@ -57,6 +59,8 @@ def linear_divergence(
         results.index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, zs)
+    if group is not None and student.grad_hidden is not None:
+        group.sum(student.grad_hidden)
     return Rows(results[:, 0], results[:, 1], results[:, 2], *student.gradients())
 
 

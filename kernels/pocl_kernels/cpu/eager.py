@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import Plan
 from pocl_kernels.scalar import weighted
 
@@ -24,29 +25,34 @@ def divergence_rows(
     plan: Plan,
     want_grad: bool,
     out: Tensor,  # [n, 3]: divergence, cross-entropy, entropy
+    group: VocabularyGroup | None = None,
 ) -> None:
-    """See ``divergence_rows.c``: the same three passes, whole rows at a time."""
+    """As ``divergence_rows.c``, whole rows at a time. With a group, V is this process's share of the vocabulary."""
     step = max(1, SUB_BLOCK_ELEMENTS // zs.shape[1])
     for first in range(0, zs.shape[0], step):
         part = slice(first, first + step)
         z = _transform(zs[part], bias_s, plan.student_scale, plan.student_softcap)
         y = _transform(zt[part], bias_t, plan.teacher_scale, plan.teacher_softcap)
-        l = torch.log_softmax(z / plan.temperature, dim=-1)
-        r = torch.log_softmax(y / plan.temperature, dim=-1)
-        q = l.exp()
-        out[part, 0] = plan.divergence.value(l, r).sum(-1)
-        out[part, 2] = -weighted(q, l).sum(-1)
+        l = _log_softmax(z / plan.temperature, group)
+        r = _log_softmax(y / plan.temperature, group)
+        q, slope = l.exp(), plan.divergence.slope(l, r)
+        sums = torch.zeros(z.shape[0], 4, dtype=z.dtype, device=z.device)
+        sums[:, 0] = plan.divergence.value(l, r).sum(-1)
+        sums[:, 2] = -weighted(q, l).sum(-1)
+        sums[:, 3] = slope.sum(-1)
         if labels is not None:
-            l1 = torch.log_softmax(z, dim=-1)
-            index = labels[part, None]
-            out[part, 1] = -l1.gather(-1, index).squeeze(-1)
+            l1 = _log_softmax(z, group)
+            index, inside = _local(labels[part], z.shape[1], group)
+            sums[:, 1] = -torch.where(inside, l1.gather(-1, index).squeeze(-1), 0.0)
+        if group is not None:
+            group.sum(sums)
+        out[part] = sums[:, :3]
         if not want_grad:
             continue
-        slope = plan.divergence.slope(l, r)
-        gradient = (slope - q * slope.sum(-1, keepdim=True)) * plan.slope_coefficient
-        if labels is not None:
+        gradient = (slope - q * sums[:, 3:]) * plan.slope_coefficient
+        if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
-            gradient.scatter_add_(-1, index, torch.full_like(index, -plan.ce_weight, dtype=gradient.dtype))
+            gradient.scatter_add_(-1, index, torch.where(inside, -plan.ce_weight, 0.0)[:, None].to(gradient.dtype))
         gradient *= row_scale[part, None]
         _through_transform(gradient, z, plan.student_scale, plan.student_softcap)
         zs[part] = gradient
@@ -76,6 +82,26 @@ def cross_entropy_rows(
             gradient *= row_scale[part, None]
             _through_transform(gradient, x, scale, softcap)
             z[part] = gradient
+
+
+def _log_softmax(u: Tensor, group: VocabularyGroup | None) -> Tensor:
+    if group is None:
+        return torch.log_softmax(u, dim=-1)
+    largest = group.maximum(u.amax(-1, keepdim=True))
+    total = group.sum((u - largest).exp().sum(-1, keepdim=True))
+    return (u - largest) - total.log()
+
+
+def _local(labels: Tensor, V: int, group: VocabularyGroup | None) -> tuple[Tensor, Tensor]:
+    """Column of each label ``[n, 1]`` and whether this process has it ``[n]``; exactly one process must."""
+    index = labels if group is None else labels - group.offset
+    inside = (index >= 0) & (index < V)
+    if group is not None:
+        owners = group.sum(inside.to(torch.int32))
+        if (owners != 1).any():
+            bad = labels[owners != 1][0].item()
+            raise ValueError(f"labels contain {bad}, which no process's share of the vocabulary holds")
+    return index.clamp(0, V - 1)[:, None], inside
 
 
 def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
