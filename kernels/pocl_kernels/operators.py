@@ -70,7 +70,7 @@ def linear_divergence(
         Gradients(*wanted),
     )
     d, ce, entropy = (x.clone() for x in rows[:3])  # an operator must not return views of one tensor
-    return d, ce, entropy, *(_or_empty(g, d) for g in rows[3:])  # type: ignore[return-value]
+    return d, ce, entropy, *(_or_empty(g, d) for g in rows[3:])
 
 
 @linear_divergence.register_fake
@@ -118,7 +118,7 @@ def linear_cross_entropy(
     result = backend_module(backend, hidden.device).linear_cross_entropy(
         hidden, weight, bias, labels, row_scale, ignore_index, scale, softcap or None, workspace_mb, Gradients(*wanted)
     )
-    return result[0], *(_or_empty(g, result[0]) for g in result[1:])  # type: ignore[return-value]
+    return result[0], *(_or_empty(g, result[0]) for g in result[1:])
 
 
 @linear_cross_entropy.register_fake

@@ -6,6 +6,8 @@ the hidden states' gradient. Logits never do. Exact for every divergence, since 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 class VocabularyGroup:
     """The processes that share a vocabulary, found by the name of their process group."""
 
-    def __init__(self, name: str, local_vocab_size: int, device: torch.device) -> None:
+    def __init__(self, name: Any, local_vocab_size: int, device: torch.device) -> None:
+        # A string; newer releases of torch give it a type of their own.
         self.group = _resolve_process_group(name)
         sizes = torch.zeros(dist.get_world_size(self.group), dtype=torch.int64, device=device)
         rank = dist.get_rank(self.group)
