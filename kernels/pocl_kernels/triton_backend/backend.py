@@ -1,16 +1,14 @@
-"""The Triton backend, ``fast``: token chunks, the vendor's GEMMs into reused buffers, one fused row kernel between them.
+"""The Triton backend, ``fast``: token chunks, the vendor's GEMMs into reused buffers, one fused row kernel between
+them.
 
-For N valid rows: S = 2 N V H_s, Te = 2 N V H_t flops; forward S + Te, each of dh and dW one S more: nothing is done twice.
-The logits of one chunk exist at a time, in float32, student and teacher: 8 V bytes a row and 2 V for a bf16 gradient,
-bounded by ``workspace_mb``. One wait for the device a call: the number of valid rows shapes the chunks; without labels none.
+For N valid rows: S = 2 N V H_s, Te = 2 N V H_t flops; forward S + Te, each of dh and dW one S more: nothing is done
+twice. The logits of one chunk exist at a time, in float32, student and teacher: 8 V bytes a row, and 2 V for the
+gradient of a 16-bit model, bounded by ``workspace_mb``. One wait for the device a call, at its start: the number of
+valid rows shapes the chunks, the largest weight scales a float16 gradient; float32 without labels needs neither.
 float64 runs the same chunks through the eager row functions.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +16,11 @@ from torch import Tensor
 from pocl_kernels.cpu import eager
 from pocl_kernels.plan import Gradients, Plan, Rows
 from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows
+from pocl_kernels.triton_backend.chunks import Chunks, chunk_rows, on_device, scaled_weights
 from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
 from pocl_kernels.triton_backend.terms import slope_sum, term_of
 
 NO_GRADIENTS = Gradients(False, False, False)
-MAX_CHUNK_ROWS = 8192
-WHOLE_TILES = 128  # rows of a GEMM's tile: a chunk of more holds a multiple
 
 
 def linear_divergence(
@@ -38,22 +35,30 @@ def linear_divergence(
     plan: Plan,
     wanted: Gradients,
 ) -> Rows:
-    """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see :class:`Rows`)."""
+    """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see
+    :class:`Rows`).
+    """
     V = min(student_weight.shape[0], teacher_weight.shape[0])
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     with on_device(student_hidden):
         student = Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
         teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, NO_GRADIENTS)
-        chunks = Chunks(labels, row_scale, plan.ignore_index, dtype)
+        chunks = Chunks(labels, student_hidden.shape[0], plan.ignore_index)
+        largest = max(abs(plan.slope_coefficient), plan.ce_weight) * abs(plan.student_scale)
+        weights = scaled_weights(student, chunks.gather(row_scale), largest)
         results = torch.empty(chunks.count, 3, dtype=dtype, device=student_hidden.device)
-        for rows, part in chunks.of(chunk_rows(chunks.count, [student, teacher], plan.workspace_mb)):
-            zs, zt = student.project(rows), teacher.project(rows)
+        size = chunk_rows(chunks.count, [student, teacher], plan.workspace_mb)
+        for rows, part in chunks.of(size):
+            student.take(rows)
+            teacher.take(rows)
+            zs, zt = student.project(slice(0, V)), teacher.project(slice(0, V))
             gradient = student.gradient_tile(zs)
             label = None if chunks.labels is None else chunks.labels[part]
             run = _run_divergence if dtype == torch.float32 else _run_divergence_eagerly
-            run(zs, zt, gradient, student.bias, teacher.bias, label, chunks.row_scale[part], plan, V, results[part])
+            run(zs, zt, gradient, student.bias, teacher.bias, label, weights[part], plan, results[part])
             if gradient is not None:
-                student.accumulate(rows, gradient)
+                student.accumulate(slice(0, V), gradient)
+                student.store(rows)
         results = chunks.scatter(results)
         return Rows(results[:, 0], results[:, 1], results[:, 2], *student.gradients())
 
@@ -75,13 +80,15 @@ def linear_cross_entropy(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with on_device(hidden):
         student = Projection(hidden, weight, bias, V, dtype, wanted)
-        chunks = Chunks(labels, row_scale, ignore_index, dtype)
+        chunks = Chunks(labels, hidden.shape[0], ignore_index)
+        weights = scaled_weights(student, chunks.gather(row_scale), abs(scale))
         assert chunks.labels is not None
         results = torch.empty(chunks.count, dtype=dtype, device=hidden.device)
         for rows, part in chunks.of(chunk_rows(chunks.count, [student], workspace_mb)):
-            z = student.project(rows)
+            student.take(rows)
+            z = student.project(slice(0, V))
             gradient = student.gradient_tile(z)
-            label, w = chunks.labels[part], chunks.row_scale[part]
+            label, w = chunks.labels[part], weights[part]
             if dtype == torch.float32:
                 cross_entropy_rows.cross_entropy_rows[(z.shape[0],)](
                     z, gradient, student.bias, label, w, results[part], V, z.stride(0) // ROW_ALIGNMENT, float(scale),
@@ -89,51 +96,11 @@ def linear_cross_entropy(
                 )  # fmt: skip
             else:
                 b = None if student.bias is None else student.bias[:V]
-                eager.cross_entropy_rows(z[:, :V], b, scale, softcap, label, w, gradient is not None, results[part])
+                eager.cross_entropy_rows(z, b, scale, softcap, label, w, gradient is not None, results[part])
             if gradient is not None:
-                student.accumulate(rows, gradient)
+                student.accumulate(slice(0, V), gradient)
+                student.store(rows)
         return chunks.scatter(results), *student.gradients()
-
-
-class Chunks:
-    """The rows that count, compacted, a chunk at a time."""
-
-    def __init__(self, labels: Tensor | None, row_scale: Tensor, ignore_index: int, dtype: torch.dtype) -> None:
-        self._rows = row_scale.shape[0]
-        self.index: Tensor | None = None  # None: all rows
-        if labels is not None:
-            index = torch.nonzero(labels != ignore_index).squeeze(-1)  # waits for the device
-            if len(index) < self._rows:
-                self.index, labels, row_scale = index, labels.index_select(0, index), row_scale.index_select(0, index)
-        self.labels, self.row_scale = labels, row_scale.to(dtype)
-        self.count = self.row_scale.shape[0]
-
-    def of(self, size: int) -> Iterator[tuple[Tensor | slice, slice]]:
-        """Chunks of at most ``size`` rows: where they lie among all rows, and where among the compacted ones."""
-        for first in range(0, self.count, size):
-            part = slice(first, min(first + size, self.count))
-            yield (part if self.index is None else self.index[part]), part
-
-    def scatter(self, compact: Tensor) -> Tensor:
-        """Results of the compacted rows among all rows, 0 elsewhere."""
-        if self.index is None:
-            return compact
-        return compact.new_zeros(self._rows, *compact.shape[1:]).index_copy_(0, self.index, compact)
-
-
-def chunk_rows(rows: int, projections: list[Projection], workspace_mb: float) -> int:
-    """Rows of one chunk: as many as the workspace holds, evened out over the chunks, in whole tiles of a GEMM."""
-    free = int(workspace_mb * 2**20) - sum(p.bytes_fixed for p in projections)
-    most = max(1, min(free // sum(p.bytes_per_row for p in projections), MAX_CHUNK_ROWS))
-    if most >= rows:
-        return max(1, rows)
-    size = -(-rows // -(-rows // most))
-    return min(-(-size // WHOLE_TILES) * WHOLE_TILES, most) if most >= WHOLE_TILES else size
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors'."""
-    return nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
 
 
 def _run_divergence(
@@ -145,12 +112,11 @@ def _run_divergence(
     labels: Tensor | None,
     row_scale: Tensor,
     plan: Plan,
-    V: int,
     results: Tensor,
 ) -> None:
     term = term_of(plan.divergence)
     divergence_rows.divergence_rows[(zs.shape[0],)](
-        zs, zt, gradient, bias_s, bias_t, labels, row_scale, results, V, zs.stride(0) // ROW_ALIGNMENT,
+        zs, zt, gradient, bias_s, bias_t, labels, row_scale, results, zs.shape[1], zs.stride(0) // ROW_ALIGNMENT,
         float(plan.student_scale), plan.student_softcap, float(plan.teacher_scale), plan.teacher_softcap,
         1.0 / plan.temperature, float(plan.slope_coefficient), float(plan.ce_weight), term.uniforms,
         term=term.function, SLOPE_SUM=slope_sum(plan.divergence), BLOCK=divergence_rows.BLOCK,
@@ -167,9 +133,7 @@ def _run_divergence_eagerly(
     labels: Tensor | None,
     row_scale: Tensor,
     plan: Plan,
-    V: int,
     results: Tensor,
 ) -> None:
-    bias_s, bias_t = (None if b is None else b[:V] for b in (bias_s, bias_t))
-    wanted = gradient is not None
-    eager.divergence_rows(zs[:, :V], zt[:, :V], bias_s, bias_t, labels, row_scale, plan, wanted, results)
+    bias_s, bias_t = (None if b is None else b[: zs.shape[1]] for b in (bias_s, bias_t))
+    eager.divergence_rows(zs, zt, bias_s, bias_t, labels, row_scale, plan, gradient is not None, results)

@@ -1,8 +1,8 @@
 """Functions that the kernels share: the head's transform, and log-sum-exps that need one exponential an entry.
 
-Only exp, log and arithmetic: nothing that needs a vendor's library. -inf is a legal logit (a masked token); NaN propagates.
-Buffers have rows of ``16 * stride16`` entries, V of them meaningful: the factor tells the compiler that rows stay aligned to
-16 entries and that a load up to the row's end may be 128 bits wide, whatever V is.
+Only exp, log and arithmetic: nothing that needs a vendor's library. -inf is a legal logit (a masked token); NaN
+propagates. Buffers have rows of ``16 * stride16`` entries, V of them meaningful: the factor tells the compiler that
+rows stay aligned to 16 entries and that a load up to the row's end may be 128 bits wide, whatever V is.
 """
 
 import triton
@@ -57,6 +57,26 @@ def jacobian(z, scale, softcap):
 
 
 @triton.jit
+def phi_series(x):
+    """phi(x) and phi(-x), phi(x) = e^x - 1 - x, for |x| < 1/2: cosh(x) - 1 plus and minus sinh(x) - x."""
+    y = x * x
+    even = y * (0.5 + y * (1.0 / 24.0 + y * (1.0 / 720.0 + y * (1.0 / 40320.0))))
+    odd = x * y * (1.0 / 6.0 + y * (1.0 / 120.0 + y * (1.0 / 5040.0)))
+    return even + odd, even - odd
+
+
+@triton.jit
+def ratio_terms(a, b, x):
+    """``b - a``, ``a phi(x)`` and ``b phi(-x)`` for b = a e^x: none cancels near x = 0, none overflows far from it."""
+    forward, backward = phi_series(x)
+    near = tl.abs(x) < 0.5
+    rest = tl.where(near, a * (x + forward), b - a)
+    f = tl.where(a == 0.0, b, tl.where(near, a * forward, (b - a) - a * x))
+    r = tl.where(b == 0.0, a, tl.where(near, b * backward, (a - b) + b * x))
+    return rest, f, r
+
+
+@triton.jit
 def add_exp(m, S, z, rate):
     """Lane by lane: maximum and ``sum exp(rate (z - maximum))`` with one more entry, by one exponential."""
     d = z - m
@@ -73,7 +93,7 @@ def join_exp(m, S, rate):
 
 @triton.jit
 def projection_gradient(z, q, slope, c, slope_coefficient, shifted_1, ce_weight, is_label, w, scale, softcap):
-    """``w J [A (slope - q c) + B (q_1 - 1[label])]``; ``shifted_1`` is the log-probability at temperature 1, or None."""
+    """``w J [A (slope - q c) + B (q_1 - 1[label])]``; ``shifted_1``: log q_1 at temperature 1, or None."""
     g = slope_coefficient * (slope - q * c)
     if shifted_1 is not None:
         g += ce_weight * (tl.exp(shifted_1) - tl.where(is_label, 1.0, 0.0))

@@ -1,14 +1,15 @@
 """Rows of student and teacher projections -> divergence, cross-entropy, entropy, and the gradient.
 
     u = z_s / T, v = z_t / T;  l = u - lse(u), r = v - lse(v);  D = sum value(l, r), c = sum slope(l, r)
-    dL/dz_s = w [A (slope - q c) + B (softmax(z_s) - 1[label])] J,   A = slope_coefficient, B = ce_weight,  J = dz_s/dprojection
+    dL/dz_s = w [A (slope - q c) + B (softmax(z_s) - 1[label])] J,   A = slope_coefficient, B = ce_weight,  J =
+    dz_s/dprojection
 
 Shapes: student, teacher [n, W], W = 16 stride16 >= V; gradient [n, W], in place of the student's rows or another dtype;
 labels, row_scale [n]; results [n, 3]: D, cross-entropy, entropy. One program a row, sums kept lane by lane in float32.
 
-Three passes over a row: (1) both normalisers, and the student's at temperature 1 for the cross-entropy; (2) D, c and the
-entropy; (3) the gradient. Where c is known beforehand (``SLOPE_SUM``; the forward KL's is -1) pass 3 is part of pass 2.
-Bytes an entry: 4 + 4 a pass, and the gradient's size; see :func:`cost`.
+Three passes over a row: (1) both normalisers, and the student's at temperature 1 for the cross-entropy; (2) D, c and
+the entropy; (3) the gradient. Where c is known beforehand (``SLOPE_SUM``; the forward KL's is -1) pass 3 is part of
+pass 2. Bytes an entry: 4 + 4 a pass, and the gradient's size; see :func:`cost`.
 """
 
 import triton

@@ -13,24 +13,13 @@ import torch
 from torch import Tensor
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a @ b``."""
-    if a.dtype == out.dtype and b.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.dtype == b.dtype and takes_16_bit(a.device, a.dtype):
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, alpha: float = 1.0, add: bool = False) -> None:
+    """``out = alpha a @ b``, or ``out += alpha a @ b``. Without ``add``, what ``out`` held, NaN or not, is lost."""
+    beta = 1.0 if add else 0.0
+    if a.dtype != out.dtype and takes_16_bit(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
     else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out += a @ b``."""
-    if a.dtype == out.dtype and b.dtype == out.dtype:
-        out.addmm_(a, b)
-    elif a.dtype == b.dtype and takes_16_bit(a.device, a.dtype):
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
 
 
 @functools.cache
@@ -41,8 +30,7 @@ def takes_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
     a = torch.ones(16, 16, device=device, dtype=dtype)
     out = torch.ones(16, 16, device=device)
     try:
-        torch.mm(a, a, out_dtype=torch.float32, out=out)
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
     except (RuntimeError, NotImplementedError, TypeError):
         return False
-    return bool((out == 32.0).all())
+    return bool((out == 17.0).all())

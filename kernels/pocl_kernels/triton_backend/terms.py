@@ -1,8 +1,8 @@
 """Prints a divergence's definition as a Triton function, so that no kernel here knows a divergence.
 
-The kernels call ``term(l, r, uniforms) -> (value, slope)``. Whatever depends on the run-time parameters alone (``log(1 -
-skew)`` and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule that
-changes a parameter at every step never compiles anew. Two divergences with the same code share one function.
+The kernels call ``term(l, r, uniforms) -> (value, slope)``. Whatever depends on the run-time parameters alone (``log(1
+- skew)`` and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule
+that changes a parameter at every step never compiles anew. Two divergences with the same code share one function.
 """
 
 from __future__ import annotations
@@ -86,7 +86,11 @@ def _program(kind: type[Divergence]) -> Program:
 def source(program: Program) -> str:
     """Python source of the Triton function of one traced definition."""
     _, body = program.render(TRITON_SYNTAX, lambda name, expression: f"{name} = {expression}")
-    unpack = [f"{_name(node)} = uniforms[{i}]" for i, node in enumerate(_uniforms(program))]
+    # A condition on the parameters travels as 0 or 1.
+    unpack = [
+        f"{_name(node)} = uniforms[{i}]" + (" != 0.0" if node.op in ("lt", "eq") else "")
+        for i, node in enumerate(_uniforms(program))
+    ]
     lines = "\n".join(f"    {line}" for line in (*unpack, *body))
     return f"@triton.jit\ndef term(l, r, uniforms):\n{lines}\n    return value, slope\n"
 
@@ -117,7 +121,8 @@ def _uniform_values(program: Program, parameters: dict[str, float]) -> tuple[flo
 
 @functools.cache
 def _function(text: str) -> Any:
-    # Triton reads the source of a function again: linecache is where Python looks for the source of code without a file.
+    # Triton reads the source of a function again: linecache is where Python looks for the source of code without a
+    # file.
     name = f"<pocl divergence {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}

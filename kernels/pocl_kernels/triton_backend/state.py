@@ -1,0 +1,88 @@
+"""What the low-memory mode knows of each row: sums that merge over vocabulary tiles, and the state that they amount to.
+
+With the running maxima M_s, M_t of the logits, u = (z_s - M_s) / T, v = (z_t - M_t) / T, a = e^v, b = e^u and x = u -
+v, the log-ratio of b to a, the sums of a row are
+
+    S_s = sum b     S_t = sum a     S_1 = sum e^(z_s - M_s)     U = sum b u
+    E = sum (b - a)     F = sum a phi(x)     R = sum b phi(-x)               phi(x) = e^x - 1 - x >= 0
+
+The last three give KL(p, q) and KL(q, p) in one pass over the vocabulary. With eps = E / S_t, so that S_s = S_t (1 +
+eps),
+
+    KL(p, q) = F / S_t - (eps - ln(1 + eps))         KL(q, p) = R / S_s - (eps' - ln(1 + eps')),   eps' = -E / S_s
+
+and neither cancels: no term of F or R is negative, and an error of eps enters by its square. When a tile raises the
+maxima by T d_s and T d_t, the sums move to the new shift in the same form, with k = d_t - d_s:
+
+    E <- e^-d_s E + e^-d_t expm1(k) S_t
+    F <- e^-d_t (F + expm1(k) E + phi(k) S_t)        R <- the same with d_s, -k, -E, S_s
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+# Rows of the sums, [SUMS, n]; constexprs, so that the kernels may name them.
+MAX_S = tl.constexpr(0)
+MAX_T = tl.constexpr(1)
+SUM_S = tl.constexpr(2)
+SUM_T = tl.constexpr(3)
+SUM_1 = tl.constexpr(4)
+SUM_U = tl.constexpr(5)
+SUM_E = tl.constexpr(6)
+SUM_F = tl.constexpr(7)
+SUM_R = tl.constexpr(8)
+LABEL = tl.constexpr(9)  # the label's logit
+SUMS = 10
+
+# Rows of the state, [STATES, n]: l = (z_s - M_s) / T - LOG_S, r likewise, log softmax(z_s) = z_s - M_s - LOG_1.
+LOG_S = tl.constexpr(2)  # after MAX_S and MAX_T
+LOG_T = tl.constexpr(3)
+LOG_1 = tl.constexpr(4)
+SLOPE_SUM = tl.constexpr(5)
+STATES = 6
+
+# Rows of the second pass, [2, n].
+VALUE = tl.constexpr(0)
+SLOPE = tl.constexpr(1)
+
+
+def empty_sums(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The sums over no entries."""
+    sums = torch.zeros(SUMS, rows, dtype=dtype, device=device)
+    sums[: SUM_S.value] = -torch.inf
+    return sums
+
+
+def state_of(sums: Tensor) -> Tensor:
+    """The state that the sums over the whole vocabulary amount to; the sum of the slopes is still 0."""
+    state = sums[:STATES].clone()
+    state[LOG_S.value :].log_()
+    state[SLOPE_SUM.value] = 0.0
+    return state
+
+
+def cross_entropy(sums: Tensor) -> Tensor:
+    """Of each row's label, at temperature 1."""
+    return (sums[MAX_S.value] - sums[LABEL.value]) + sums[SUM_1.value].log()
+
+
+def entropy(sums: Tensor) -> Tensor:
+    """Of each row's student, tempered."""
+    return sums[SUM_S.value].log() - sums[SUM_U.value] / sums[SUM_S.value]
+
+
+def weighted_kl(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """``D = a KL(p, q) + b KL(q, p)`` of each row and the sum of its slopes, ``b KL(q, p) - a``."""
+    a, b = weights
+    S_s, S_t, E, F, R = (sums[i.value].double() for i in (SUM_S, SUM_T, SUM_E, SUM_F, SUM_R))
+
+    def excess(eps: Tensor) -> Tensor:
+        return eps - torch.log1p(eps)
+
+    # A part without weight must not enter: 0 * inf is not 0.
+    forward = a * (F / S_t - excess(E / S_t)) if a else torch.zeros_like(F)
+    reverse = b * (R / S_s - excess(-E / S_s)) if b else torch.zeros_like(F)
+    return (forward + reverse).to(sums.dtype), (reverse - a).to(sums.dtype)

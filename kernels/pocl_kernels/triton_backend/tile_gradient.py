@@ -1,0 +1,81 @@
+"""The gradient of one vocabulary tile's projections, from logits made anew and each row's state.
+
+    dL/dz_s = w [A (slope - q c) + B (softmax(z_s) - 1[label])] J        (``divergence_rows.py`` has the symbols)
+
+Shapes as in ``tile_statistics.py``; state [STATES, n]; gradient [n, W], in place of the student's tile or another
+dtype. Without a teacher it is the cross-entropy's alone. 4 + 4 bytes an entry read, and the gradient's size written.
+"""
+
+import triton
+import triton.language as tl
+
+from pocl_kernels.triton_backend.cost import Cost
+from pocl_kernels.triton_backend.device import jacobian, load_logits, projection_gradient
+from pocl_kernels.triton_backend.state import LOG_1, LOG_S, LOG_T, MAX_S, MAX_T, SLOPE_SUM
+
+BLOCK = 2048
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["V", "stride16", "n", "first"])
+def tile_gradient(
+    student,
+    teacher,  # None: cross-entropy alone
+    gradient,
+    bias_s,
+    bias_t,
+    labels,  # [n] or None
+    row_scale,
+    state,
+    V,
+    stride16,
+    n,
+    first,
+    scale_s,
+    softcap_s,
+    scale_t,
+    softcap_t,
+    inv_T,
+    slope_coefficient,
+    ce_weight,
+    uniforms,
+    term: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    width = stride16 * 16
+    student += row * stride16 * 16
+    gradient += row * stride16 * 16
+    state += row
+    step = n.to(tl.int64)
+    w = tl.load(row_scale + row).to(tl.float32)
+    max_s = tl.load(state + MAX_S * step)
+    log_1 = tl.load(state + LOG_1 * step)
+    label = -1
+    if labels is not None:
+        label = tl.load(labels + row).to(tl.int32) - first
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
+        if teacher is None:
+            g = ce_weight * (tl.exp((zs - max_s) - log_1) - tl.where(cols == label, 1.0, 0.0))
+            g = w * jacobian(zs, scale_s, softcap_s) * g
+        else:
+            zt = load_logits(teacher + row * stride16 * 16, bias_t, cols, V, width, scale_t, softcap_t)
+            l = (zs - max_s) * inv_T - tl.load(state + LOG_S * step)
+            r = (zt - tl.load(state + MAX_T * step)) * inv_T - tl.load(state + LOG_T * step)
+            _, slope = term(l, r, uniforms)
+            l_1 = (zs - max_s) - log_1 if labels is not None else None
+            c = tl.load(state + SLOPE_SUM * step)
+            g = projection_gradient(
+                zs, tl.exp(l), slope, c, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
+            )
+        g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
+        tl.store(gradient + cols, g, mask=cols < width)
+
+
+def cost(rows: int, width: int, *, teacher: bool, labels: bool, gradient_bytes: int, logit_bytes: int = 4) -> Cost:
+    """Bytes and flops of one launch; the definition's own arithmetic comes on top."""
+    moved = rows * (width * (logit_bytes * (2 if teacher else 1) + gradient_bytes) + 4 + 4 * (6 if teacher else 2))
+    flops = rows * width * ((12 if teacher else 2) + (4 if labels else 0))
+    return Cost(moved + (8 * rows if labels else 0), flops)

@@ -1,0 +1,67 @@
+"""One vocabulary tile's share of each row's divergence and slope sum, once both normalisers are known.
+
+    l = (z_s - M_s) / T - LOG_S, r likewise;   D += sum value(l, r),  c += sum slope(l, r)
+
+The second pass of the low-memory mode, for divergences that are not weighted KLs: a mixture of p and q needs both
+normalisers. Shapes as in ``tile_statistics.py``; state [STATES, n]; sums [2, n], read and written. 4 + 4 bytes an
+entry.
+"""
+
+import triton
+import triton.language as tl
+
+from pocl_kernels.triton_backend.cost import Cost
+from pocl_kernels.triton_backend.device import load_logits
+from pocl_kernels.triton_backend.state import LOG_S, LOG_T, MAX_S, MAX_T, SLOPE, VALUE
+
+BLOCK = 2048
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["V", "stride16", "n"])
+def tile_values(
+    student,
+    teacher,
+    bias_s,
+    bias_t,
+    state,
+    sums,
+    V,
+    stride16,
+    n,
+    scale_s,
+    softcap_s,
+    scale_t,
+    softcap_t,
+    inv_T,
+    uniforms,
+    term: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    width = stride16 * 16
+    student += row * stride16 * 16
+    teacher += row * stride16 * 16
+    state += row
+    sums += row
+    step = n.to(tl.int64)
+    max_s = tl.load(state + MAX_S * step)
+    max_t = tl.load(state + MAX_T * step)
+    log_s = tl.load(state + LOG_S * step)
+    log_t = tl.load(state + LOG_T * step)
+    D = tl.zeros([BLOCK], tl.float32)
+    C = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        l = (load_logits(student, bias_s, cols, V, width, scale_s, softcap_s) - max_s) * inv_T - log_s
+        r = (load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t) - max_t) * inv_T - log_t
+        value, slope = term(l, r, uniforms)
+        D += tl.where(cols < V, value, 0.0)
+        C += tl.where(cols < V, slope, 0.0)
+    tl.store(sums + VALUE * step, tl.load(sums + VALUE * step) + tl.sum(D, 0))
+    tl.store(sums + SLOPE * step, tl.load(sums + SLOPE * step) + tl.sum(C, 0))
+
+
+def cost(rows: int, width: int, *, logit_bytes: int = 4) -> Cost:
+    """Bytes and flops of one launch; the definition's own arithmetic comes on top."""
+    return Cost(rows * (width * 2 * logit_bytes + 4 * 4 + 2 * 2 * 4), rows * width * 10)
