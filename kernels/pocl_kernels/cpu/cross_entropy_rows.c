@@ -13,7 +13,7 @@ void cross_entropy_rows(int64_t first, int64_t last, int64_t V, float *z, const 
         const float ws = w[i] * scale;
 #pragma omp simd
         for (int64_t j = 0; j < V; j++) {
-            const float xc = x[j] * inv_softcap;
+            const float xc = softcap > 0.0f ? x[j] * inv_softcap : 0.0f;  /* -inf * 0 would be NaN */
             x[j] = ws * (1.0f - xc * xc) * f_exp((x[j] - S.max) - S.log_sum);
         }
         x[labels[i]] -= ws * (1.0f - x_label * inv_softcap * x_label * inv_softcap);

@@ -37,9 +37,9 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
             cb += slope;
             h -= q == 0.0f ? 0.0f : q * l;
             if (want_grad) {
-                const float zc = z * inv_softcap;
+                const float zc = softcap > 0.0f ? z * inv_softcap : 0.0f;  /* -inf * 0 would be NaN */
                 const float J = scale * (1.0f - zc * zc);
-                float g = wA * slope;
+                float g = wA == 0.0f ? 0.0f : wA * slope;  /* an infinite slope without weight is nothing */
                 if (ce_grad) g += wB * (tempered ? f_exp((z - S1.max) - S1.log_sum) : q);
                 zt[j] = J * g;
                 zs[j] = J * q;
@@ -50,7 +50,7 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
         H += (double)h;
     }
     if (want_grad) {
-        const float wAc = (float)((double)wA * c);
+        const float wAc = wA == 0.0f ? 0.0f : (float)((double)wA * c);
 #pragma omp simd
         for (int64_t j = 0; j < V; j++) zs[j] = zt[j] - wAc * zs[j];
         if (ce_grad) zs[label] -= wB * jacobian_label;
