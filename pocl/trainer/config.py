@@ -36,6 +36,9 @@ class POCLConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept in a stage; None keeps all."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Reporters, as in transformers."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are chosen by the collator."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "The loss reaches every trained parameter, so none is searched for."}
+    )
     scale_by_temperature: bool = field(
         default=True,
         metadata={"help": "Multiply the divergence by the squared temperature, so gradients keep their size."},
