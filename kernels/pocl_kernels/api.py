@@ -87,7 +87,7 @@ def fused_linear_divergence(
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
     _check_backend(backend, student_hidden.device)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
-    flat_labels = _flat_labels(labels, shape, ignore_index, vocab_size)
+    flat_labels = _flat_labels(labels, student_hidden, ignore_index, vocab_size)
     row_scale, count = _row_scale(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
     hidden, teacher = (
@@ -144,7 +144,7 @@ def fused_linear_cross_entropy(
     shape = hidden.shape[:-1]
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
     _check_backend(backend, hidden.device)
-    flat_labels = _flat_labels(labels, shape, ignore_index, head.vocab_size)
+    flat_labels = _flat_labels(labels, hidden, ignore_index, head.vocab_size)
     assert flat_labels is not None
     row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
@@ -267,11 +267,18 @@ def _check_backend(backend: str, device: torch.device) -> None:
         )
 
 
-def _flat_labels(labels: Tensor | None, shape: torch.Size, ignore_index: int, vocab_size: int | None) -> Tensor | None:
+def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} on {tensor.device}, the hidden states on {hidden.device}: move both to one device")
+
+
+def _flat_labels(labels: Tensor | None, hidden: Tensor, ignore_index: int, vocab_size: int | None) -> Tensor | None:
     if labels is None:
         return None
+    shape = hidden.shape[:-1]
     if labels.shape != shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, the hidden states' leading shape is {tuple(shape)}")
+    _check_device("labels", labels, hidden)
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels are {labels.dtype}: they must be int64 or int32 token ids")
     flat = labels.reshape(-1).to(torch.int64)
@@ -308,14 +315,17 @@ def _row_scale(
     if token_weight is not None:
         if token_weight.shape != shape:
             raise ValueError(f"token_weight has shape {tuple(token_weight.shape)}, expected {tuple(shape)}")
+        _check_device("token_weight", token_weight, hidden)
         # An ignored row keeps weight 0 even if the caller's weight there is NaN.
         weight = token_weight.detach().reshape(-1).to(dtype)
         scale = torch.where(scale > 0, weight, scale)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'normalizer replaces the count under reduction="mean"; it has no meaning under "{reduction}"')
+    if isinstance(normalizer, (int, float)) and not normalizer > 0:
+        raise ValueError(f"normalizer={normalizer!r} must be positive: the number of valid tokens of the global batch")
     if reduction == "mean":
         # A batch without valid tokens has loss 0 and zero gradients.
-        scale = scale / (count.clamp_min(1) if normalizer is None else normalizer)
+        scale = torch.where(scale == 0, scale, scale / (count if normalizer is None else normalizer))
     return scale, count
 
 

@@ -49,7 +49,10 @@ def divergence_rows(
         out[part] = sums[:, :3]
         if not want_grad:
             continue
-        gradient = (slope - q * sums[:, 3:]) * plan.slope_coefficient
+        if plan.slope_coefficient == 0:  # an infinite slope without weight is nothing
+            gradient = torch.zeros_like(q)
+        else:
+            gradient = (slope - q * sums[:, 3:]) * plan.slope_coefficient
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, torch.where(inside, -plan.ce_weight, 0.0)[:, None].to(gradient.dtype))
