@@ -99,15 +99,15 @@ def fused_linear_divergence(
     scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
     token, parameters = divergence.token, divergence.parameters()
 
-    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
-        d, ce, entropy, *gradients = operators.linear_divergence(
+    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None) -> Result:
+        d, ce, entropy, dh, dw, db, state = operators.linear_divergence(
             h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
             factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted, backend,
-            group_name,
+            group_name, "fast" if now else "low", state,
         )  # fmt: skip
         # A part without weight must not enter: 0 * inf is not 0.
         loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
-        return Result(loss, (d, ce, entropy), tuple(gradients))
+        return Result(loss, (d, ce, entropy), (dh, dw, db), state)
 
     now = memory != "low" and reduction != "none"
     with torch.autocast(hidden.device.type, enabled=False):
@@ -148,11 +148,12 @@ def fused_linear_cross_entropy(
     assert flat_labels is not None
     row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
-    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool]) -> Result:
-        ce, *gradients = operators.linear_cross_entropy(
-            h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend
-        )
-        return Result(ce, (), tuple(gradients))
+    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None) -> Result:
+        ce, dh, dw, db, state = operators.linear_cross_entropy(
+            h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend,
+            "fast" if now else "low", state,
+        )  # fmt: skip
+        return Result(ce, (), (dh, dw, db), state)
 
     now = memory != "low" and reduction != "none"
     flat = hidden.reshape(-1, hidden.shape[-1])

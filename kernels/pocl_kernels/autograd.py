@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# (hidden, weight, bias, row_scale, wanted) -> (loss rows [N], other per-row results, gradients or empty tensors)
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool]], "Result"]
+# (hidden, weight, bias, row_scale, wanted, state) -> loss rows [N], other per-row results, gradients or empty tensors
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None], "Result"]
 
 
 class Result(NamedTuple):
@@ -18,6 +18,7 @@ class Result(NamedTuple):
     loss_rows: Tensor
     others: tuple[Tensor, ...]
     gradients: tuple[Tensor, Tensor, Tensor]
+    state: Tensor  # what the backend wants back for gradients alone; empty: nothing
 
 
 class FusedLoss(torch.autograd.Function):
@@ -40,8 +41,8 @@ class FusedLoss(torch.autograd.Function):
         total: bool,
     ) -> tuple[Tensor, ...]:
         wanted = list(ctx.needs_input_grad[:3])
-        result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False])
-        ctx.save_for_backward(hidden, weight, bias, row_scale)
+        result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False], None)
+        ctx.save_for_backward(hidden, weight, bias, row_scale, result.state)
         ctx.run, ctx.wanted = run, wanted
         ctx.ready = result.gradients if now and any(wanted) else None
         ctx.mark_non_differentiable(*result.others)
@@ -56,7 +57,8 @@ class FusedLoss(torch.autograd.Function):
         ready = ctx.ready
         if ready is None:
             row_scale = inputs[3] * upstream
-            gradients = ctx.run(*inputs[:3], row_scale, ctx.wanted).gradients
+            state = inputs[4] if inputs[4].numel() else None
+            gradients = ctx.run(*inputs[:3], row_scale, ctx.wanted, state).gradients
         elif compiling:
             gradients = tuple(g * upstream for g in ready)
         else:

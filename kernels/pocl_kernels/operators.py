@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pocl_kernels.cpu import backend as cpu_backend
 from pocl_kernels.divergences import Divergence
-from pocl_kernels.plan import Gradients, Plan
+from pocl_kernels.plan import STATE_ROWS, Gradients, Plan
 
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("pocl::linear_divergence", mutates_args=())
@@ -42,7 +42,9 @@ def linear_divergence(
     wanted: Sequence[bool],  # gradients of hidden, weight, bias
     backend: str,
     process_group: str,
-) -> Six:
+    memory: str,
+    state: Tensor | None,  # from a call without gradients, under memory="low"
+) -> Seven:
     student_scale, student_softcap, teacher_scale, teacher_softcap = scales_and_softcaps
     plan = Plan(
         divergence=Divergence.classes[divergence](*parameters),
@@ -56,6 +58,7 @@ def linear_divergence(
         teacher_softcap=teacher_softcap or None,
         workspace_mb=workspace_mb,
         process_group=process_group,
+        memory=memory,
     )
     rows = backend_module(backend, student_hidden.device).linear_divergence(
         student_hidden,
@@ -68,6 +71,7 @@ def linear_divergence(
         row_scale,
         plan,
         Gradients(*wanted),
+        state,
     )
     d, ce, entropy = (x.clone() for x in rows[:3])  # an operator must not return views of one tensor
     return d, ce, entropy, *(_or_empty(g, d) for g in rows[3:])
@@ -94,11 +98,14 @@ def _(
     wanted: Sequence[bool],
     backend: str,
     process_group: str,
-) -> Six:
+    memory: str,
+    state: Tensor | None,
+) -> Seven:
     dtype = compute_dtype(student_hidden, teacher_hidden)
     rows = student_hidden.shape[0]
     d, ce, entropy = (student_hidden.new_empty(rows, dtype=dtype) for _ in range(3))
-    return d, ce, entropy, *_fake_gradients(student_hidden, student_weight, wanted, dtype)
+    gradients = _fake_gradients(student_hidden, student_weight, wanted, dtype)
+    return d, ce, entropy, *gradients, _fake_state(student_hidden, wanted, backend, memory, dtype)
 
 
 @torch.library.custom_op("pocl::linear_cross_entropy", mutates_args=())
@@ -114,11 +121,15 @@ def linear_cross_entropy(
     workspace_mb: float,
     wanted: Sequence[bool],
     backend: str,
-) -> Four:
-    result = backend_module(backend, hidden.device).linear_cross_entropy(
-        hidden, weight, bias, labels, row_scale, ignore_index, scale, softcap or None, workspace_mb, Gradients(*wanted)
-    )
-    return result[0], *(_or_empty(g, result[0]) for g in result[1:])
+    memory: str,
+    state: Tensor | None,
+) -> Five:
+    rows = backend_module(backend, hidden.device).linear_cross_entropy(
+        hidden, weight, bias, labels, row_scale, ignore_index, scale, softcap or None, workspace_mb,
+        Gradients(*wanted), memory, state,
+    )  # fmt: skip
+    ce = rows.cross_entropy.clone()
+    return ce, *(_or_empty(g, ce) for g in rows[3:])
 
 
 @linear_cross_entropy.register_fake
@@ -134,18 +145,26 @@ def _(
     workspace_mb: float,
     wanted: Sequence[bool],
     backend: str,
-) -> Four:
+    memory: str,
+    state: Tensor | None,
+) -> Five:
     dtype = compute_dtype(hidden)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), *_fake_gradients(hidden, weight, wanted, dtype)
+    gradients = _fake_gradients(hidden, weight, wanted, dtype)
+    state = _fake_state(hidden, wanted, backend, memory, dtype)
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), *gradients, state
 
 
 def backend_module(backend: str, device: torch.device) -> ModuleType:
     """The module that serves ``backend``, "auto" by the device: Triton on CUDA and ROCm, imported when first needed."""
-    if backend == "triton" or (backend == "auto" and device.type == "cuda"):
+    if _is_triton(backend, device):
         from pocl_kernels.triton_backend import backend as triton_backend
 
         return triton_backend
     return cpu_backend
+
+
+def _is_triton(backend: str, device: torch.device) -> bool:
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -159,6 +178,11 @@ def _fake_gradients(
     shapes = (tuple(hidden.shape), tuple(weight.shape), (weight.shape[0],))
     made = [hidden.new_empty(s if w else (0,), dtype=dtype) for s, w in zip(shapes, wanted, strict=True)]
     return made[0], made[1], made[2]
+
+
+def _fake_state(hidden: Tensor, wanted: Sequence[bool], backend: str, memory: str, dtype: torch.dtype) -> Tensor:
+    kept = memory == "low" and not any(wanted) and _is_triton(backend, hidden.device)
+    return hidden.new_empty((STATE_ROWS, hidden.shape[0]) if kept else (0,), dtype=dtype)
 
 
 def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:

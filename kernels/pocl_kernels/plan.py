@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
 
+STATE_ROWS = 6
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -27,6 +29,7 @@ class Plan:
     teacher_softcap: float | None
     workspace_mb: float
     process_group: str = ""  # name of the group whose processes share the vocabulary; empty: the heads are whole
+    memory: str = "fast"  # or "low"
 
     @property
     def slope_coefficient(self) -> float:
@@ -46,7 +49,8 @@ class Rows(NamedTuple):
     """A backend's answer: per-row results ``[N]`` (0 for ignored rows) and the gradients of ``sum row_scale * loss``.
 
     Gradients have the compute dtype (float32, or float64 for float64 inputs), not the dtype of the inputs: the caller
-    multiplies by the upstream gradient before rounding. None where they were not wanted.
+    multiplies by the upstream gradient before rounding. None where they were not wanted. ``state``, ``[STATE_ROWS,
+    N]``, is what a backend wants back when gradients of the same rows are asked for later; None: it keeps nothing.
     """
 
     divergence: Tensor
@@ -55,3 +59,4 @@ class Rows(NamedTuple):
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
+    state: Tensor | None = None

@@ -38,6 +38,7 @@ def linear_divergence(
     row_scale: Tensor,  # [N]
     plan: Plan,
     wanted: Gradients,
+    state: Tensor | None = None,  # this backend keeps none: chunks of whole rows serve both memory modes
 ) -> Rows:
     """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see
     :class:`Rows`).
@@ -75,7 +76,9 @@ def linear_cross_entropy(
     softcap: float | None,
     workspace_mb: float,
     wanted: Gradients,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    memory: str = "fast",
+    state: Tensor | None = None,
+) -> Rows:
     """Per-row cross-entropy ``[N]`` and the gradients of ``sum row_scale * cross_entropy``."""
     V = weight.shape[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -91,7 +94,8 @@ def linear_cross_entropy(
         result.index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, z)
-    return result, *student.gradients()
+    zero = torch.zeros_like(result)
+    return Rows(zero, result, zero, *student.gradients())
 
 
 class _Projection:

@@ -24,6 +24,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from pocl_kernels.parallel import VocabularyGroup
+from pocl_kernels.plan import STATE_ROWS
+from pocl_kernels.scalar import phi_series
+
 # Rows of the sums, [SUMS, n]; constexprs, so that the kernels may name them.
 MAX_S = tl.constexpr(0)
 MAX_T = tl.constexpr(1)
@@ -42,7 +46,7 @@ LOG_S = tl.constexpr(2)  # after MAX_S and MAX_T
 LOG_T = tl.constexpr(3)
 LOG_1 = tl.constexpr(4)
 SLOPE_SUM = tl.constexpr(5)
-STATES = 6
+STATES = STATE_ROWS
 
 # Rows of the second pass, [2, n].
 VALUE = tl.constexpr(0)
@@ -54,6 +58,44 @@ def empty_sums(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     sums = torch.zeros(SUMS, rows, dtype=dtype, device=device)
     sums[: SUM_S.value] = -torch.inf
     return sums
+
+
+def raise_maxima(sums: Tensor, maxima: Tensor, rate: float) -> None:
+    """Shift the sums, in place, to higher maxima ``[2, n]`` of both models' logits. ``rate`` is 1 / T."""
+    old = sums[: SUM_S.value]
+    raised = torch.where(old == -torch.inf, 0.0, maxima - old)
+    d_s, d_t = raised * rate
+    keep_s, keep_t = (-d_s).exp(), (-d_t).exp()
+    S_s, S_t, S_1, U, E, F, R = sums[SUM_S.value : LABEL.value].clone()
+    moved, moved_f, moved_r = ratio_terms(keep_t, keep_s, d_t - d_s)
+    shifted = {
+        SUM_S: keep_s * S_s,
+        SUM_T: keep_t * S_t,
+        SUM_1: (-raised[0]).exp() * S_1,
+        SUM_U: keep_s * (U - d_s * S_s),
+        SUM_E: keep_s * E + moved * S_t,
+        SUM_F: keep_t * F + moved * E + moved_f * S_t,
+        SUM_R: keep_s * R + moved * E + moved_r * S_s,
+    }
+    for row, value in shifted.items():
+        sums[row.value] = value
+    sums[: SUM_S.value] = maxima
+
+
+def ratio_terms(a: Tensor, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``b - a``, ``a phi(x)`` and ``b phi(-x)`` for b = a e^x; the kernels' twin is in ``device.py``."""
+    near = x.abs() < 0.5
+    forward = phi_series(x)
+    rest = torch.where(near, a * (x + forward), b - a)
+    f = torch.where(a == 0, b, torch.where(near, a * forward, (b - a) - a * x))
+    r = torch.where(b == 0, a, torch.where(near, b * phi_series(-x), (a - b) + b * x))
+    return rest, f, r
+
+
+def over_processes(sums: Tensor, group: VocabularyGroup, rate: float) -> None:
+    """From the sums over this process's share of the vocabulary, in place, those over all of it."""
+    raise_maxima(sums, group.maximum(sums[: SUM_S.value].clone()), rate)
+    sums[SUM_S.value :] = group.sum(sums[SUM_S.value :].contiguous())
 
 
 def state_of(sums: Tensor) -> Tensor:

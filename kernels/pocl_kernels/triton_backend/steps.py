@@ -1,0 +1,147 @@
+"""One kernel on one tile of projections: Triton's, or in float64 PyTorch's; and what a tile and a task are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pocl_kernels.divergences import Divergence
+from pocl_kernels.plan import Gradients, Plan
+from pocl_kernels.triton_backend import tile_gradient, tile_statistics, tile_values, tiles_eager
+from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
+from pocl_kernels.triton_backend.terms import term_of
+
+NO_GRADIENTS = Gradients(False, False, False)
+
+
+class Transforms(NamedTuple):
+    """What turns projections into u = z_s / T and v = z_t / T, as the kernels take it."""
+
+    scale_s: float
+    softcap_s: float | None
+    scale_t: float
+    softcap_t: float | None
+    rate: float  # 1 / T
+
+
+class Task(NamedTuple):
+    """A loss of a row: ``A D + B CE``. Without a divergence the cross-entropy alone."""
+
+    transforms: Transforms
+    divergence: Divergence | None
+    slope_coefficient: float
+    ce_weight: float
+
+    @property
+    def largest(self) -> float:
+        """About the largest entry that the projection's gradient may have, for a row's weight of 1."""
+        return max(abs(self.slope_coefficient), self.ce_weight) * abs(self.transforms.scale_s)
+
+
+class Tile(NamedTuple):
+    """Projections of some rows to one range of the vocabulary."""
+
+    columns: slice
+    student: Tensor  # [n, width], rows padded
+    teacher: Tensor | None
+    bias_s: Tensor | None  # from the first column on
+    bias_t: Tensor | None
+
+
+def divergence_task(plan: Plan) -> Task:
+    """The task of ``linear_divergence``."""
+    transforms = Transforms(
+        float(plan.student_scale),
+        plan.student_softcap,
+        float(plan.teacher_scale),
+        plan.teacher_softcap,
+        1.0 / plan.temperature,
+    )
+    return Task(transforms, plan.divergence, float(plan.slope_coefficient), float(plan.ce_weight))
+
+
+def cross_entropy_task(scale: float, softcap: float | None) -> Task:
+    """The task of ``linear_cross_entropy``."""
+    return Task(Transforms(float(scale), softcap, 1.0, None, 1.0), None, 0.0, 1.0)
+
+
+def tiles(student: Projection, teacher: Projection | None, width: int) -> Iterator[Tile]:
+    """Projections of the rows that both have taken, ``width`` columns at a time, in reused buffers."""
+    for first in range(0, student.V, width):
+        columns = slice(first, min(first + width, student.V))
+        yield Tile(
+            columns,
+            student.project(columns),
+            None if teacher is None else teacher.project(columns),
+            None if student.bias is None else student.bias[first:],
+            None if teacher is None or teacher.bias is None else teacher.bias[first:],
+        )
+
+
+def statistics(tile: Tile, labels: Tensor | None, offset: int, task: Task, kl: bool, sums: Tensor) -> None:
+    """Merge a tile into the sums. ``offset``: token of the projection's first column; ``kl``: E, F and R as well."""
+    first = offset + tile.columns.start
+    if sums.dtype == torch.float64:
+        tiles_eager.statistics(*_transformed(tile, task), labels, first, task.transforms.rate, kl, sums)
+        return
+    n = sums.shape[1]
+    tile_statistics.tile_statistics[(n,)](
+        tile.student, tile.teacher, tile.bias_s, tile.bias_t, labels, sums, *_shape(tile), n, first, *task.transforms,
+        KL=kl, BLOCK=tile_statistics.BLOCK, num_warps=tile_statistics.WARPS,
+    )  # fmt: skip
+
+
+def values(tile: Tile, state: Tensor, task: Task, sums: Tensor) -> None:
+    """Add a tile's share of the divergence and of the slopes to ``sums``, ``[2, n]``."""
+    assert task.divergence is not None
+    if sums.dtype == torch.float64:
+        zs, zt = _transformed(tile, task)
+        assert zt is not None
+        tiles_eager.values(zs, zt, state, task.divergence, task.transforms.rate, sums)
+        return
+    term, n = term_of(task.divergence), sums.shape[1]
+    tile_values.tile_values[(n,)](
+        tile.student, tile.teacher, tile.bias_s, tile.bias_t, state, sums, *_shape(tile), n, *task.transforms,
+        term.uniforms, term=term.function, BLOCK=tile_values.BLOCK, num_warps=tile_values.WARPS,
+    )  # fmt: skip
+
+
+def gradient(
+    tile: Tile, out: Tensor, labels: Tensor | None, offset: int, row_scale: Tensor, state: Tensor, task: Task
+) -> None:
+    """Write the gradient of a tile's projections into ``out``, which may be the tile itself."""
+    first, n = offset + tile.columns.start, state.shape[1]
+    if state.dtype == torch.float64:
+        zs, zt = _transformed(tile, task)
+        g = torch.zeros_like(zs)
+        if task.divergence is not None and zt is not None and task.slope_coefficient != 0:
+            slopes = tiles_eager.slopes(zs, zt, state, task.divergence, task.transforms.rate)
+            g += task.slope_coefficient * slopes
+        if labels is not None:
+            g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state)
+        if task.transforms.softcap_s is not None:
+            g *= 1.0 - (zs / task.transforms.softcap_s) ** 2
+        out.copy_(g * (row_scale * task.transforms.scale_s)[:, None])
+        return
+    function, uniforms = (None, ()) if task.divergence is None else term_of(task.divergence)
+    tile_gradient.tile_gradient[(n,)](
+        tile.student, tile.teacher, out, tile.bias_s, tile.bias_t, labels, row_scale, state, *_shape(tile), n, first,
+        *task.transforms, task.slope_coefficient, task.ce_weight, uniforms,
+        term=function, BLOCK=tile_gradient.BLOCK, num_warps=tile_gradient.WARPS,
+    )  # fmt: skip
+
+
+def _shape(tile: Tile) -> tuple[int, int]:
+    """A kernel's V and stride16."""
+    return tile.student.shape[1], tile.student.stride(0) // ROW_ALIGNMENT
+
+
+def _transformed(tile: Tile, task: Task) -> tuple[Tensor, Tensor | None]:
+    scale_s, softcap_s, scale_t, softcap_t, _ = task.transforms
+    zs = tiles_eager.transform(tile.student, tile.bias_s, scale_s, softcap_s)
+    if tile.teacher is None:
+        return zs, None
+    return zs, tiles_eager.transform(tile.teacher, tile.bias_t, scale_t, softcap_t)
