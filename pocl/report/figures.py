@@ -40,7 +40,10 @@ def draw_difficulty(ranked: Mapping[str, Sequence[Any]], path: Path) -> None:
         x = [ranked["rank_cross_entropy"][i] for i in parts[s]]
         y = [ranked["rank_rouge_l"][i] for i in parts[s]]
         right.scatter(x, y, s=9, color=colour, linewidths=0)
-    _label(right, "The two rankings that are fused", "rank by cross-entropy (1 = easiest)", "rank by ROUGE-L")
+    _label(
+        right, "The two rankings that are fused", "rank by cross-entropy (1 = easiest)", "rank by ROUGE-L (1 = easiest)"
+    )
+    left.yaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
 
 
@@ -48,35 +51,28 @@ def draw_stages(log: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, 
     """Samples, temperature, weight of the teacher and learning rate over the steps of the curriculum.
 
     Args:
-        log: training lines with `step`, `temperature`, `kd_ratio`, `learning_rate`.
-        stages: for each stage `first_step`, `last_step` and `num_samples`.
+        log: training lines with `step` and `learning_rate`.
+        stages: for each stage `first_step`, `last_step`, `num_samples`, `temperature` and `kd_ratio`.
         path: PNG to write.
     """
-    figure = _figure(9.6, 5.4)
+    figure = _figure(9.6, 5.6)
     axes = figure.subplots(4, 1, sharex=True)
+    _label(axes[0], "What each stage trains on, and how", "", "samples")
     for stage in stages:
         width = stage["last_step"] - stage["first_step"]
         axes[0].bar(stage["first_step"], stage["num_samples"], width, align="edge", color=TEACHING, alpha=0.85)
         middle = stage["first_step"] + width / 2
-        axes[0].annotate(
-            str(stage["num_samples"]), (middle, stage["num_samples"]), ha="center", va="bottom", fontsize=8
-        )
-    axes[0].margins(y=0.25)
-    _label(axes[0], "What each stage trains on, and how", "", "samples")
-    steps = [line["step"] for line in log]
-    for axis, key, name in zip(
-        axes[1:],
-        ("temperature", "kd_ratio", "learning_rate"),
-        ("temperature", "weight of\nthe teacher", "learning\nrate"),
-        strict=True,
-    ):
-        drawn = "steps-mid" if key != "learning_rate" else "default"
-        axis.plot(steps, [line[key] for line in log], color=INK, linewidth=1.6, drawstyle=drawn)
-        axis.margins(y=0.2)
+        axes[0].annotate(f"{stage['num_samples']:,}", (middle, 0), (0, 3), textcoords="offset points", **_ON_BAR)
+    edges = [edge for stage in stages for edge in (stage["first_step"], stage["last_step"])]
+    for axis, key, name in ((axes[1], "temperature", "temperature"), (axes[2], "kd_ratio", "weight of\nthe teacher")):
+        axis.plot(edges, [stage[key] for stage in stages for _ in range(2)], color=INK, linewidth=1.6)
         _label(axis, "", "", name)
+    axes[3].plot([line["step"] for line in log], [line["learning_rate"] for line in log], color=INK, linewidth=1.6)
+    axes[3].set_ylim(bottom=0)
+    _label(axes[3], "", "optimizer step", "learning\nrate")
     for axis in axes:
+        axis.margins(y=0.3)
         _mark_stages(axis, stages, named=axis is axes[0])
-    axes[-1].set_xlabel("optimizer step", fontsize=9)
     _save(figure, path)
 
 
@@ -105,33 +101,34 @@ def draw_losses(
             axis.annotate("warm-up", (-shift / 2, 0.97), xycoords=("data", "axes fraction"), **_NOTE)
         _label(axis, title, "", "nats per token")
         _mark_stages(axis, stages, named=True)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
+        axis.set_xlim(left=-shift)
     axes[-1].set_xlabel("optimizer step", fontsize=9)
     _save(figure, path)
 
 
 def draw_validation(lines: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Validation loss and, where it was measured, ROUGE-L at every evaluation.
+    """Cross-entropy and, where it was measured, ROUGE-L of the validation samples at every evaluation.
 
     Args:
-        lines: evaluation lines with `step` and `eval_loss` or `eval_rouge_l`.
+        lines: evaluation lines with `step` and `eval_cross_entropy` or `eval_rouge_l`.
+        stages: as for `draw_stages`.
+        path: PNG to write.
     """
     kinds = [
         (key, title, colour)
         for key, title, colour in (
-            ("eval_loss", "Loss on the validation samples (lower is better)", TEACHING),
-            ("eval_rouge_l", "ROUGE-L of the answers on the validation samples (higher is better)", BEST),
+            ("eval_cross_entropy", "Cross-entropy of the validation samples (lower is better)", LABELS),
+            ("eval_rouge_l", "ROUGE-L of the answers to the validation samples (higher is better)", BEST),
         )
         if any(line.get(key) is not None for line in lines)
     ]
     figure = _figure(9.6, 2.5 * len(kinds))
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (key, title, colour) in zip(axes, kinds, strict=True):
-        for stage in stages:  # the loss of another temperature is another scale: no line across stages
-            points = [(x["step"], x[key]) for x in lines if x.get("stage") == stage["stage"] and x.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=4)
-        axis.margins(y=0.25)
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=4)
+        axis.margins(y=0.3)
         _label(axis, title, "", "")
         _mark_stages(axis, stages, named=True)
     axes[-1].set_xlabel("optimizer step", fontsize=9)
@@ -178,6 +175,7 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
 
 
 _NOTE: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8, "color": QUIET}
+_ON_BAR: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8, "color": "white"}
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -202,6 +200,7 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
 
 
 def _mark_stages(axis: Axes, stages: Sequence[Mapping[str, Any]], *, named: bool) -> None:
+    axis.set_xlim(0, stages[-1]["last_step"])
     for stage in stages:
         if stage["stage"] > 0:
             axis.axvline(stage["first_step"], color=QUIET, linewidth=0.8, linestyle=(0, (3, 3)))

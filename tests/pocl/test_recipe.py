@@ -90,7 +90,7 @@ def test_all_problems_of_a_recipe_are_told_at_once() -> None:
 
 
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no recipe at nowhere; shipped recipes are: .*quickstart"):
+    with pytest.raises(RecipeError, match=r"no recipe at nowhere; shipped recipes are: .*quickstart"):
         load_recipe("nowhere")
     file = tmp_path / "list.yaml"
     file.write_text("- a\n- b\n")
