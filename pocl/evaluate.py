@@ -6,19 +6,19 @@ means over samples, as the paper reports them (section 4.1): stemmed F1, and equ
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from tqdm.auto import tqdm
 
-from pocl.data import IGNORE_INDEX, Collator, tokenize
-from pocl.difficulty.score import MAX_BATCH_TOKENS, token_budget_batches
+from pocl.difficulty.measure import MAX_BATCH_TOKENS, check_samples, token_scores
+from pocl.difficulty.samples import Sample, SampleReader
 from pocl.generation import GenerationSettings, end_tokens, generate
-from pocl.heads import head_of, hidden_states, shifted_labels
 from pocl.rouge import rouge_l
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def evaluate(
     Args:
         model: the model to judge.
         tokenizer: its tokenizer.
-        examples: what `load_examples` returns.
+        examples: what `load_examples` returns, or rows from `tokenize` (references are then decoded from the labels).
         teacher: when given, KL(teacher || model) is measured against it.
         template, max_length, max_prompt_length: as in `tokenize`.
         generation: how answers are made; greedy when left out.
@@ -103,104 +103,66 @@ def evaluate(
         progress: show progress bars.
 
     Raises:
-        ValueError: bad data (see `tokenize`), or a teacher of another vocabulary.
+        ValueError: bad data (see `score`), or a teacher whose vocabulary differs in more than padding.
     """
-    rows, _ = tokenize(
-        examples,
+    read = SampleReader(
         tokenizer,
+        examples.column_names,
         template=template,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
-        progress=progress,
     )
-    cross_entropy, kl, num_tokens = _token_metrics(model, teacher, rows, max_batch_tokens, progress)
-    judged = rows if num_generated is None else rows.select(range(min(num_generated, len(rows))))
+    samples = read(examples)
+    if not samples:
+        raise ValueError("no sample is left to evaluate: none has a prompt and a response")
+    check_samples(model, samples)
+    with tqdm(total=len(samples), desc="evaluating", unit=" samples", disable=not progress) as bar:
+        scores = token_scores(
+            model, samples, teacher=teacher, max_batch_tokens=max_batch_tokens, advance=lambda n, _: bar.update(n)
+        )
+    judged = samples if num_generated is None else samples[:num_generated]
     rouge = match = None
     responses: tuple[str, ...] = ()
-    if len(judged):
+    if judged:
         settings = generation or GenerationSettings()
         if max_new_tokens is not None:
-            settings = GenerationSettings(**{**vars(settings), "max_new_tokens": max_new_tokens})
-        by_id = dict(zip(examples["id"], examples["response"], strict=True))
-        references = [by_id[i] for i in judged["sample_id"]]
-        rouge, match, responses = _answer_metrics(model, tokenizer, judged, references, settings, seeds, progress)
-    return EvaluationResult(cross_entropy, kl, rouge, match, len(rows), num_tokens, responses)
+            settings = replace(settings, max_new_tokens=max_new_tokens)
+        runs = [replace(settings, seed=seed) for seed in seeds] or [settings]
+        rouge, match, responses = _answer_metrics(model, tokenizer, judged, runs, progress)
+    counts = [len(sample.response) for sample in samples]
+    kl = None if teacher is None else _token_mean([s.kl_to_teacher or 0.0 for s in scores], counts)
+    cross_entropy = _token_mean([s.cross_entropy for s in scores], counts)
+    return EvaluationResult(cross_entropy, kl, rouge, match, len(samples), sum(counts), responses)
 
 
-def _token_metrics(
-    model: nn.Module, teacher: nn.Module | None, rows: Dataset, max_batch_tokens: int, progress: bool
-) -> tuple[float, float | None, int]:
-    from tqdm.auto import tqdm
-
-    models = [m for m in (model, teacher) if m is not None]
-    modes = [m.training for m in models]
-    collate = Collator(pad_token_id=0)
-    sums = [0.0, 0.0]
-    count = 0
-    for m in models:
-        m.eval()
-    try:
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        with (
-            torch.inference_mode(),
-            tqdm(total=len(rows), desc="evaluating", unit=" samples", disable=not progress) as bar,
-        ):
-            for indices in token_budget_batches(lengths, max_batch_tokens):
-                ce, kl, n = _batch_sums(model, teacher, collate([rows[i] for i in indices]))
-                sums = [sums[0] + ce, sums[1] + kl]
-                count += n
-                bar.update(len(indices))
-    finally:
-        for m, mode in zip(models, modes, strict=True):
-            m.train(mode)
-    return sums[0] / count, None if teacher is None else sums[1] / count, count
-
-
-def _batch_sums(model: nn.Module, teacher: nn.Module | None, batch: dict[str, Tensor]) -> tuple[float, float, int]:
-    """Sums of cross-entropy and KL over the response tokens of one batch, and their number."""
-    from pocl_kernels import fused_linear_cross_entropy, fused_linear_divergence
-
-    device = next(model.parameters()).device
-    batch = {k: v.to(device) for k, v in batch.items()}
-    labels = shifted_labels(batch["labels"])
-    valid = labels != IGNORE_INDEX
-    hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])[valid]
-    head = head_of(model)
-    n = int(valid.sum())
-    ce = fused_linear_cross_entropy(hidden, head, labels[valid], reduction="sum")
-    if teacher is None:
-        return float(ce), 0.0, n
-    teacher_hidden = hidden_states(teacher, batch["input_ids"], batch["attention_mask"])[valid]
-    out = fused_linear_divergence(
-        hidden, head, teacher_hidden, head_of(teacher), divergence="fkl", temperature=1.0, reduction="sum"
-    )
-    return float(ce), float(out.loss), n
+def _token_mean(means: Sequence[float], counts: Sequence[int]) -> float:
+    """Mean over all tokens from each sample's mean and number of tokens."""
+    return math.fsum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
 
 
 def _answer_metrics(
     model: nn.Module,
     tokenizer: Any,
-    rows: Dataset,
-    references: Sequence[str],
-    settings: GenerationSettings,
-    seeds: Sequence[int],
+    samples: Sequence[Sample],
+    runs: Sequence[GenerationSettings],
     progress: bool,
 ) -> tuple[float, float, tuple[str, ...]]:
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-    runs = [GenerationSettings(**{**vars(settings), "seed": s}) for s in seeds] or [settings]
-    rouge, match = [], []
+    """ROUGE-L and exact match, means over samples and runs, and the answers of the first run."""
+    references = [sample.reference for sample in samples]
+    rouge: list[float] = []
+    match: list[float] = []
     first: tuple[str, ...] = ()
     for run in runs:
         answers = generate(
             model,
-            prompts,
+            [sample.prompt for sample in samples],
             run,
             eos_token_ids=end_tokens(model, tokenizer),
-            sample_ids=rows["sample_id"],
+            sample_ids=[sample.sample_id for sample in samples],
             progress=progress,
         )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         first = first or tuple(texts)
         rouge += rouge_l(texts, references)
         match += exact_match(texts, references)
-    return sum(rouge) / len(rouge), sum(match) / len(match), first
+    return math.fsum(rouge) / len(rouge), math.fsum(match) / len(match), first

@@ -1,6 +1,6 @@
 """The difficulty measurer: score every sample with the student, then rank and partition. Easy first."""
 
-from pocl.difficulty.rank import (
+from pocl.difficulty.ranking import (
     CROSS_ENTROPY,
     KL_TO_TEACHER,
     PAPER_CRITERIA,
@@ -10,7 +10,7 @@ from pocl.difficulty.rank import (
     Criterion,
     rank,
 )
-from pocl.difficulty.score import score
+from pocl.difficulty.scoring import score
 from pocl.rouge import rouge_l
 
 __all__ = [

@@ -40,14 +40,16 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     return 2 * config.num_hidden_layers * heads * size * next(model.parameters()).element_size()
 
 
-def rows_that_fit(model: nn.Module, tokens_per_row: int) -> int:
+def rows_that_fit(model: nn.Module, tokens_per_row: int, *, processes: int = 1) -> int:
     """Rows of the slot engine: what half of the free memory holds, at most `MAX_ROWS` of the device, at least one.
 
     Args:
         tokens_per_row: longest prompt and longest answer together.
+        processes: how many share a machine's memory; of a GPU each has its own.
     """
     device = next(model.parameters()).device
     config = text_config(model)
     # float32 logits and their copies while a token is chosen, beside the cache
     row = tokens_per_row * cache_bytes_per_token(model) + 3 * 4 * config.vocab_size
-    return max(1, min(MAX_ROWS.get(device.type, MAX_ROWS["cuda"]), int(available_bytes(device) * _SHARE) // row))
+    share = _SHARE / (processes if device.type == "cpu" else 1)
+    return max(1, min(MAX_ROWS.get(device.type, MAX_ROWS["cuda"]), int(available_bytes(device) * share) // row))

@@ -73,6 +73,14 @@ def test_a_conversational_prompt_and_completion_are_turns_too() -> None:
     assert (row["prompt"], row["response"]) == ("w1", "w2")
 
 
+def test_a_stream_gives_the_rows_of_the_whole(tmp_path: Path, tiny_pairs: list[dict[str, str]]) -> None:
+    Dataset.from_list(tiny_pairs).to_json(tmp_path / "pairs.jsonl")
+    Dataset.from_list(tiny_pairs).save_to_disk(tmp_path / "saved")
+    whole = load_examples(tiny_pairs, limit=9).to_list()
+    for source in (tmp_path / "pairs.jsonl", tmp_path / "saved", tiny_pairs, Dataset.from_list(tiny_pairs)):
+        assert list(load_examples(source, limit=9, streaming=True)) == whole
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [

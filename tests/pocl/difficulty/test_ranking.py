@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl.difficulty import CROSS_ENTROPY, RESPONSE_LENGTH, ROUGE_L, Criterion, rank
-from pocl.difficulty.rank import ordinal_ranks
+from pocl.difficulty.ranking import ordinal_ranks
 
 
 def _scores(cross_entropy: list[float], rouge: list[float], **more: Any) -> Dataset:

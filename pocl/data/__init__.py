@@ -1,0 +1,32 @@
+"""Prompt/response data: reading it, putting it through a template, cutting it to length, batching it.
+
+Three row formats are understood: `instruction, input, output` (Alpaca, Dolly), `prompt, completion` and `messages`.
+Whatever came in, `load_examples` gives columns `id`, `prompt`, `response` (and the parts a template needs), and
+`tokenize` gives `sample_id`, `input_ids`, `labels`, `prompt_length`. Only response tokens carry labels.
+"""
+
+from pocl.data.batching import Collator
+from pocl.data.encoding import (
+    IGNORE_INDEX,
+    TEMPLATES,
+    DataReport,
+    Encoder,
+    check_columns,
+    render_prompt,
+    resolve_template,
+    tokenize,
+)
+from pocl.data.reading import load_examples
+
+__all__ = [
+    "IGNORE_INDEX",
+    "TEMPLATES",
+    "Collator",
+    "DataReport",
+    "Encoder",
+    "check_columns",
+    "load_examples",
+    "render_prompt",
+    "resolve_template",
+    "tokenize",
+]

@@ -1,0 +1,158 @@
+"""Reading prompt/response examples from the hub, from files and from memory into one form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_examples(
+    source: Any,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Reads prompt/response examples.
+
+    Args:
+        source: a hub id, a file (.jsonl, .json, .parquet, .csv), a folder of such files or one written by
+            `Dataset.save_to_disk`, a `Dataset`, or a sequence of dicts.
+        split: the split to take where the source has several; a single file has only `train`.
+        limit: at most this many examples, from the start.
+        trust_remote_code: refused by the hub loader of today; passed on only when true.
+        streaming: read as the rows are asked for, for data that neither memory nor disk could hold.
+
+    Returns:
+        A `Dataset` (an `IterableDataset` when streaming) with `id` (int64, the position in the source), `prompt`,
+        `response`, and, where the source has them, `instruction` and `input`, or `messages` (the turns before the
+        response).
+
+    Raises:
+        ValueError: unknown format or file type, missing path, empty data, `limit < 1`.
+    """
+    from datasets import Dataset, Features, Value
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}; leave it out to take every example")
+    raw = _read(source, split, trust_remote_code, streaming)
+    first = next(iter(raw), None)
+    if first is None:
+        raise ValueError(f"no examples in {_name(source)} (split {split!r}); it must hold at least one")
+    columns = list(first)
+    convert = _converter(columns, _name(source))
+    turns = [{"role": Value("string"), "content": Value("string")}]
+    features = {"id": Value("int64")} | {c: turns if c == "messages" else Value("string") for c in convert(first)}
+
+    def example(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {"id": index, **convert(row)}
+
+    options: dict[str, Any] = {"with_indices": True, "remove_columns": columns, "features": Features(features)}
+    if not isinstance(raw, Dataset):
+        return (raw if limit is None else raw.take(limit)).map(example, **options)
+    return (raw if limit is None else raw.select(range(min(limit, len(raw))))).map(
+        example,
+        desc="reading examples",
+        # Without a given fingerprint datasets would pickle the converter; without a cache no stale file can come back.
+        new_fingerprint=f"{raw._fingerprint}-pocl-examples",
+        load_from_cache_file=False,
+        **options,
+    )
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
+
+
+def _read(source: Any, split: str, trust_remote_code: bool, streaming: bool) -> Any:
+    """The raw rows, as a `Dataset` or an `IterableDataset`."""
+    import datasets
+
+    if isinstance(source, datasets.IterableDataset):
+        return source
+    if isinstance(source, datasets.Dataset):
+        return source.to_iterable_dataset() if streaming else source
+    if not isinstance(source, str | os.PathLike):
+        found = _pick_split(source, split, "the mapping") if isinstance(source, Mapping) else _from_rows(source)
+        return found.to_iterable_dataset() if streaming else found
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _LOADERS:
+            raise ValueError(f"source {str(path)!r} has type {path.suffix!r}; readable types: {', '.join(_LOADERS)}")
+        loaded = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), streaming=streaming)
+        return _pick_split(loaded, split, str(path))
+    if path.is_dir():
+        return _read_folder(path, split, streaming)
+    if path.suffix in _LOADERS or path.is_absolute() or str(source).startswith("."):
+        raise ValueError(f"source {str(source)!r} does not exist; give a hub id, a file, a folder or a Dataset")
+    extra = {"trust_remote_code": True} if trust_remote_code else {}
+    return datasets.load_dataset(str(source), split=split, streaming=streaming, **extra)
+
+
+def _from_rows(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list([dict(row) for row in rows])
+
+
+def _read_folder(path: Path, split: str, streaming: bool) -> Any:
+    import datasets
+
+    if not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        return _pick_split(datasets.load_dataset(str(path), streaming=streaming), split, str(path))
+    stored = datasets.load_from_disk(str(path))  # memory-mapped
+    found = stored if isinstance(stored, datasets.Dataset) else _pick_split(stored, split, str(path))
+    return found.to_iterable_dataset() if streaming else found
+
+
+def _pick_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
+    if split not in splits:
+        raise ValueError(f"split {split!r} is not in {name}; it has {', '.join(sorted(splits))}")
+    return splits[split]
+
+
+def _converter(columns: Sequence[str], name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The function that turns one raw row into the common columns; decided once, from the column names."""
+    have = set(columns)
+    if "messages" in have:
+        return _from_messages
+    if {"instruction", "output"} <= have or {"instruction", "response"} <= have:
+        answer = "output" if "output" in have else "response"
+        context = next((c for c in ("input", "context") if c in have), None)
+        return lambda row: _from_instruction(row["instruction"], row[context] if context else "", row[answer])
+    for answer in ("completion", "response"):
+        if {"prompt", answer} <= have:
+            return lambda row: _from_pair(row["prompt"], row[answer])
+    raise ValueError(
+        f"{name} has columns {', '.join(sorted(have))}; needed are `instruction, input, output`, "
+        "`prompt, completion` or `messages`. Rename the columns that hold the prompt and the response"
+    )
+
+
+def _from_instruction(instruction: str | None, context: str | None, answer: str | None) -> dict[str, Any]:
+    instruction, context = instruction or "", context or ""
+    prompt = f"{instruction}\n\n{context}" if context else instruction
+    return {"prompt": prompt, "response": answer or "", "instruction": instruction, "input": context}
+
+
+def _from_pair(prompt: Any, answer: Any) -> dict[str, Any]:
+    if isinstance(prompt, list):  # conversational form: both sides are lists of turns
+        return _from_messages({"messages": [*prompt, *(answer or [])]})
+    return {"prompt": prompt or "", "response": answer or ""}
+
+
+def _from_messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The last assistant turn is the response, all turns before it are the prompt."""
+    turns = [{"role": str(t["role"]), "content": str(t["content"] or "")} for t in row["messages"] or []]
+    last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=len(turns))
+    response = turns[last]["content"] if last < len(turns) else ""
+    turns = turns[:last]
+    return {"prompt": "\n\n".join(t["content"] for t in turns), "response": response, "messages": turns}

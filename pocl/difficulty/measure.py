@@ -1,0 +1,231 @@
+"""What one pass of a model over samples tells: cross-entropy, distance to a teacher, and the model's own answers.
+
+Batches are filled up to a budget of tokens from samples sorted by length, and only response positions are projected to
+the vocabulary, without logits. The same pass leaves the keys and values of the prompts behind: answers start from them.
+
+B: samples of a batch, L: longest of them, N: response tokens of the batch, H: hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pocl.difficulty.samples import Sample
+from pocl.generation import GenerationSettings, Prefilled, Request, SlotEngine, prefill
+from pocl.generation.fallback import answer_in_batches
+from pocl.generation.settings import check_prompts, context_length
+from pocl.heads import head_of, hidden_states
+
+MAX_BATCH_TOKENS = 4096
+
+Advance = Callable[[int, int], None]
+"""Called with (samples finished, tokens processed) since the last call."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Means over one sample's response tokens, in nats per token."""
+
+    cross_entropy: float
+    teacher_cross_entropy: float | None = None
+    kl_to_teacher: float | None = None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are made: settings that are resolved, nothing left to find out."""
+
+    settings: GenerationSettings
+    eos_token_ids: tuple[int, ...]
+    backend: str
+    """`slots` or `transformers`."""
+    rows: int
+    """Answers in the making at a time."""
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that rows x longest row <= `max_tokens` (a longer row goes alone), longest rows first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    for i in order:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > max_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def check_samples(model: nn.Module, samples: Sequence[Sample]) -> None:
+    """Refuses samples that the model cannot read.
+
+    Raises:
+        ValueError: prompt and response together exceed the model's context, or the prompt fills it; names the sample.
+    """
+    context = context_length(model)
+    for sample in samples:
+        if context and len(sample) > context:
+            raise ValueError(
+                f"sample {sample.sample_id} has {len(sample)} tokens and the context of {type(model).__name__} is "
+                f"{context}; lower max_length"
+            )
+    check_prompts(model, [Request(i, s.sample_id, s.prompt) for i, s in enumerate(samples)])
+
+
+def token_scores(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    teacher: nn.Module | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    advance: Advance | None = None,
+) -> list[TokenScores]:
+    """Scores of every sample, in order, without answers.
+
+    Raises:
+        ValueError: a sample that does not fit, or a value that is not finite; names the sample.
+    """
+    out: list[TokenScores | None] = [None] * len(samples)
+    with _evaluating(model, teacher):
+        for indices in token_budget_batches([len(s) for s in samples], max_batch_tokens):
+            batch = [samples[i] for i in indices]
+            input_ids = _stack(batch, next(model.parameters()).device)
+            for i, scores in zip(indices, _batch_scores(model, teacher, batch, input_ids), strict=True):
+                out[i] = scores
+            if advance is not None:
+                advance(len(batch), sum(map(len, batch)))
+    return [scores for scores in out if scores is not None]
+
+
+def scores_and_answers(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    answering: Answering,
+    *,
+    teacher: nn.Module | None = None,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    advance: Advance | None = None,
+) -> tuple[list[TokenScores], list[list[int]]]:
+    """Scores of every sample and the model's answer to its prompt, in order.
+
+    Raises:
+        ValueError: as `token_scores`.
+    """
+    answers: list[list[int]] = [[] for _ in samples]
+    requests = [Request(i, s.sample_id, s.prompt) for i, s in enumerate(samples)]
+    if answering.backend != "slots":
+        losses = token_scores(model, samples, teacher=teacher, max_batch_tokens=max_batch_tokens)
+        with _evaluating(model, None):
+            finished = answer_in_batches(
+                model,
+                requests,
+                answering.settings,
+                eos_token_ids=answering.eos_token_ids,
+                batch_size=answering.rows,
+            )
+            _collect(finished, samples, answers, advance)
+        return losses, answers
+    scores: list[TokenScores | None] = [None] * len(samples)
+
+    def prompts() -> Iterator[Prefilled]:
+        """Batches as the engine asks for them; their samples are scored on the way."""
+        for indices in token_budget_batches([len(s) for s in samples], max_batch_tokens):
+            batch = [samples[i] for i in indices]
+            input_ids = _stack(batch, next(model.parameters()).device)
+            hidden, ready = prefill(model, [requests[i] for i in indices], input_ids)
+            for i, found in zip(indices, _batch_scores(model, teacher, batch, input_ids, hidden), strict=True):
+                scores[i] = found
+            del hidden
+            yield ready
+
+    with _evaluating(model, teacher):
+        engine = SlotEngine(
+            model,
+            answering.settings,
+            eos_token_ids=answering.eos_token_ids,
+            slots=min(answering.rows, len(samples)),
+            max_prompt=max(len(s.prompt) for s in samples),
+        )
+        _collect(engine.run(prompts()), samples, answers, advance)
+    return [found for found in scores if found is not None], answers
+
+
+def _collect(
+    finished: Iterator[tuple[int, list[int]]],
+    samples: Sequence[Sample],
+    answers: list[list[int]],
+    advance: Advance | None,
+) -> None:
+    for index, answer in finished:
+        answers[index] = answer
+        if advance is not None:
+            advance(1, len(samples[index]) + len(answer))
+
+
+def _stack(samples: Sequence[Sample], device: torch.device) -> Tensor:  # [B, L]
+    input_ids = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
+    for row, sample in enumerate(samples):
+        input_ids[row, : len(sample)] = torch.as_tensor(sample.prompt + sample.response)
+    return input_ids.to(device)
+
+
+def _batch_scores(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    samples: Sequence[Sample],
+    input_ids: Tensor,  # [B, L], right-padded: in a causal model padding cannot reach the tokens before it
+    hidden: Tensor | None = None,  # [B, L, H] if the model has run already
+) -> list[TokenScores]:
+    from pocl_kernels import fused_linear_cross_entropy, fused_linear_divergence
+
+    rows, positions = _response_positions(samples, input_ids.device)
+    labels = input_ids[rows, positions + 1]
+    counts = [len(s.response) for s in samples]
+    chosen = (hidden_states(model, input_ids) if hidden is None else hidden)[rows, positions]
+    head = head_of(model)
+    losses = fused_linear_cross_entropy(chosen, head, labels, reduction="none")
+    columns = {"cross_entropy": _means(losses, counts, samples, "cross-entropy")}
+    if teacher is not None:
+        teacher_chosen, teacher_head = hidden_states(teacher, input_ids)[rows, positions], head_of(teacher)
+        teacher_losses = fused_linear_cross_entropy(teacher_chosen, teacher_head, labels, reduction="none")
+        columns["teacher_cross_entropy"] = _means(teacher_losses, counts, samples, "teacher's cross-entropy")
+        divergence = fused_linear_divergence(
+            chosen, head, teacher_chosen, teacher_head, divergence="fkl", temperature=1.0, reduction="none"
+        )
+        columns["kl_to_teacher"] = _means(divergence.loss, counts, samples, "KL to the teacher")
+    return [TokenScores(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+
+def _response_positions(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """Rows and positions whose next token is a response token."""
+    rows = [row for row, s in enumerate(samples) for _ in s.response]
+    positions = [len(s.prompt) - 1 + i for s in samples for i in range(len(s.response))]
+    return torch.tensor(rows, device=device), torch.tensor(positions, device=device)
+
+
+def _means(values: Tensor, counts: Sequence[int], samples: Sequence[Sample], name: str) -> list[float]:
+    # On the CPU and in float64: the sum of a sample must not depend on the batch or on the order of atomic additions.
+    means = [float(part.mean()) for part in values.double().cpu().split(list(counts))]
+    for sample, mean in zip(samples, means, strict=True):
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"the {name} of sample {sample.sample_id} is {mean}: the model gives non-finite logits for it; "
+                "score in float32 or check the weights"
+            )
+    return means
+
+
+@contextmanager
+def _evaluating(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
+    """Both models in eval mode and without gradients; what they were before is restored."""
+    with ExitStack() as stack:
+        for each in (model, teacher):
+            if each is not None:
+                stack.callback(each.train, each.training)
+                each.eval()
+        stack.enter_context(torch.inference_mode())
+        yield

@@ -1,0 +1,108 @@
+"""The samples to score, a shard at a time: what each shard holds and the mark by which it is known again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from pocl.data import IGNORE_INDEX, Encoder, check_columns
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenised sample with the text that its answer is judged by."""
+
+    sample_id: int
+    prompt: list[int]
+    response: list[int]
+    """The tokens that carry labels."""
+    reference: str
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def split_into_shards(dataset: Any, size: int) -> Iterator[tuple[int, Callable[[], Sequence[Mapping[str, Any]]]]]:
+    """Yields (index, rows of the shard) for consecutive runs of `size` rows; a `Dataset`'s rows are read on demand."""
+    if hasattr(dataset, "select"):
+        for index, start in enumerate(range(0, len(dataset), size)):
+            stop = min(start + size, len(dataset))
+            yield index, partial(_select, dataset, range(start, stop))
+        return
+    rows, index = iter(dataset), 0
+    while chunk := list(islice(rows, size)):
+        yield index, partial(list, chunk)
+        index += 1
+
+
+def _select(dataset: Any, rows: range) -> list[Mapping[str, Any]]:
+    return list(dataset.select(rows))
+
+
+class SampleReader:
+    """Turns rows, raw or tokenised, into samples.
+
+    Raises:
+        ValueError: a tokenised row that is not a prompt followed by its response.
+    """
+
+    def __init__(
+        self, tokenizer: Any, columns: Sequence[str], *, template: str, max_length: int, max_prompt_length: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tokenised = "input_ids" in columns
+        if not self.tokenised:
+            check_columns(columns)
+        self.id_column = "sample_id" if self.tokenised else "id"
+        self.encoder = Encoder(tokenizer, template if not self.tokenised else "plain", max_length, max_prompt_length)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides how a row becomes a sample."""
+        if self.tokenised:
+            return {"form": "tokens"}
+        encoder = self.encoder
+        lengths = {"max_length": encoder.max_length, "max_prompt_length": encoder.max_prompt_length}
+        return {"form": "text", "template": encoder.template, **lengths}
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[Sample]:
+        """The samples of the rows; those without prompt or response are left out and counted."""
+        read = self._from_tokens if self.tokenised else self._from_text
+        return [sample for row in rows if (sample := read(row)) is not None]
+
+    def _from_text(self, row: Mapping[str, Any]) -> Sample | None:
+        encoded = self.encoder(row)
+        if encoded is None:
+            return None
+        n = encoded["prompt_length"]
+        ids = encoded["input_ids"]
+        return Sample(int(encoded["sample_id"]), ids[:n], ids[n:], row["response"])
+
+    def _from_tokens(self, row: Mapping[str, Any]) -> Sample | None:
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        prompt_length = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        if prompt_length == len(labels) or prompt_length == 0:
+            self.encoder.counts["empty_responses" if prompt_length else "empty_prompts"] += 1
+            return None
+        if labels[prompt_length:] != ids[prompt_length:]:
+            raise ValueError(
+                f"labels of sample {row['sample_id']} are not -100 up to the response and its tokens from there on; "
+                "several turns in one row cannot be ranked: give each its own row"
+            )
+        reference = self.tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
+        return Sample(int(row["sample_id"]), ids[:prompt_length], ids[prompt_length:], reference)
+
+
+def mark_of(samples: Sequence[Sample]) -> str:
+    """A hash of everything about the samples that decides their scores."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(f"{sample.sample_id} {len(sample.prompt)} {len(sample.response)}\n".encode())
+        digest.update(np.asarray(sample.prompt + sample.response, dtype=np.int64).tobytes())
+        digest.update(sample.reference.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()

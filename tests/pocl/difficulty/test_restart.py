@@ -1,0 +1,240 @@
+"""A scoring run that is cut off, damaged, streamed or shared among processes ends in the same bytes."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+import pocl.difficulty.store as store_module
+from pocl.data import load_examples
+from pocl.difficulty import score
+from pocl.difficulty.processes import Processes
+from pocl.difficulty.scoring import Scorer
+from pocl.generation import GenerationSettings
+
+SETTINGS = GenerationSettings(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny_model: Callable[..., Any]) -> Any:
+    return make_tiny_model(seed=3)
+
+
+@pytest.fixture
+def examples(tiny_pairs: list[dict[str, str]]) -> Dataset:
+    return load_examples(tiny_pairs)
+
+
+def _score(model: Any, tokenizer: Any, data: Any, folder: Path | None, **options: Any) -> Dataset:
+    options = {"template": "plain", "generation": SETTINGS, "shard_size": 7, "progress": False, **options}
+    return score(model, tokenizer, data, output_dir=folder, **options)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.parquet"))}
+
+
+@pytest.fixture
+def whole(model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path) -> dict[str, bytes]:
+    """The files of a run that nothing disturbed."""
+    _score(model, tiny_tokenizer, examples, tmp_path / "whole")
+    return _bytes(tmp_path / "whole")
+
+
+def _interrupt_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Ctrl-C while the shard after `calls` finished ones is in the works."""
+    original, count = Scorer.__call__, [0]
+
+    def call(self: Scorer, *args: Any, **options: Any) -> Any:
+        count[0] += 1
+        if count[0] > calls:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Scorer, "__call__", call)
+
+
+def test_a_folder_and_memory_give_the_same_table(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    stored = Dataset.from_parquet(str(tmp_path / "whole" / "scores.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert stored.to_dict() == _score(model, tiny_tokenizer, examples, None).to_dict()
+    assert len(whole) == 8  # 48 samples in shards of 7, and the table
+
+
+@pytest.mark.parametrize("finished", [0, 1, 4, 6])
+def test_an_interrupted_run_goes_on_with_the_next_shard_and_ends_in_the_same_bytes(
+    model: Any,
+    tiny_tokenizer: Any,
+    examples: Dataset,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    finished: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, finished)
+        with pytest.raises(KeyboardInterrupt):
+            _score(model, tiny_tokenizer, examples, tmp_path / "cut")
+    assert len(_bytes(tmp_path / "cut")) == finished
+    calls: list[int] = []
+    original = Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda self, *a, **o: calls.append(1) or original(self, *a, **o))
+    _score(model, tiny_tokenizer, examples, tmp_path / "cut")
+    assert len(calls) == 7 - finished
+    assert _bytes(tmp_path / "cut") == whole
+
+
+def test_a_damaged_shard_is_scored_again_and_said(
+    model: Any,
+    tiny_tokenizer: Any,
+    examples: Dataset,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "whole"
+    truncated, flipped = folder / "shards" / "00002.parquet", folder / "shards" / "00004.parquet"
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    content = bytearray(flipped.read_bytes())
+    content[40] ^= 1
+    flipped.write_bytes(bytes(content))
+    _score(model, tiny_tokenizer, examples, folder)
+    assert _bytes(folder) == whole
+    assert caplog.text.count("is not readable") == 2
+
+
+def test_a_stream_is_scored_like_a_table(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    _score(model, tiny_tokenizer, examples.to_iterable_dataset(), tmp_path / "stream")
+    assert _bytes(tmp_path / "stream") == whole
+
+
+def test_rows_that_fit_are_kept_from_the_first_run(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocl.difficulty.scoring.rows_that_fit", lambda *_, **__: 3)
+    _score(model, tiny_tokenizer, examples.select(range(10)), tmp_path)
+    monkeypatch.setattr("pocl.difficulty.scoring.rows_that_fit", lambda *_, **__: 5)
+    _score(model, tiny_tokenizer, examples.select(range(10)), tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["found"] == {"rows": 3}
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_folder_of_another_run_is_refused_with_what_changed(
+    model: Any, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, examples: Dataset, tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole"
+    with pytest.raises(
+        ValueError, match=r"scores of another run:\n  model: .*\n  answers.settings.max_new_tokens: 8 in"
+    ):
+        _score(make_tiny_model(seed=4), tiny_tokenizer, examples, folder, generation=GenerationSettings(9))
+    with pytest.raises(ValueError, match=r"batches.shard_size: 7 in the folder, 8 now"):
+        _score(model, tiny_tokenizer, examples, folder, shard_size=8)
+    changed = load_examples([{**row, "response": row["response"] + " w1"} for row in examples.to_list()][::-1])
+    with pytest.raises(ValueError, match=r"00000.parquet was scored from other samples"):
+        _score(model, tiny_tokenizer, changed, folder)
+
+
+def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
+    model: Any,
+    tiny_tokenizer: Any,
+    examples: Dataset,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, folder = os.fsync, tmp_path / "full"
+
+    def full(descriptor: int) -> None:
+        if (folder / "shards" / "00002.parquet").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.os, "fsync", full)
+        with pytest.raises(OSError, match=r"no space left to write 00003.parquet .* what was written before is kept"):
+            _score(model, tiny_tokenizer, examples, folder)
+    assert [p.name for p in sorted((folder / "shards").iterdir())] == [f"0000{i}.parquet" for i in range(3)]
+    _score(model, tiny_tokenizer, examples, folder)
+    assert _bytes(folder) == whole
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def _start(work: Callable[[], Any], size: int = 1) -> list[Any]:
+    """Forks processes as a launcher would start them; each ends with exit code 0 if `work` returns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def main(rank: int) -> None:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
+        work()
+        sys.stdout.flush()
+        os._exit(0)
+
+    processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_two_and_four_processes_write_the_bytes_of_one(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    for size in (2, 4):
+        processes = _start(lambda: _score(model, tiny_tokenizer, examples, tmp_path / str(size)), size)  # noqa: B023
+        for process in processes:
+            process.join(timeout=120)
+        assert [process.exitcode for process in processes] == [0] * size
+        assert _bytes(tmp_path / str(size)) == whole
+
+
+def test_an_error_of_the_first_process_ends_all(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    def work() -> None:
+        with pytest.raises(ValueError, match=r"batches.shard_size: 7 in the folder, 8 now"):
+            _score(model, tiny_tokenizer, examples, tmp_path / "whole", shard_size=8)
+
+    for process in (processes := _start(work, 2)):
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_several_processes_need_a_folder(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Processes, "current", classmethod(lambda cls: cls(rank=1, size=2)))
+    with pytest.raises(ValueError, match="output_dir is needed to share the work among 2 processes"):
+        _score(model, tiny_tokenizer, examples, None)
+
+
+def test_a_killed_process_is_taken_up_and_ends_in_the_same_bytes(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    folder = tmp_path / "killed"
+    (process,) = _start(lambda: _score(model, tiny_tokenizer, examples, folder))
+    deadline = time.monotonic() + 60
+    while len(_bytes(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert 2 <= len(_bytes(folder)) < len(whole)
+    _score(model, tiny_tokenizer, examples, folder)
+    assert _bytes(folder) == whole
