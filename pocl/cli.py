@@ -91,6 +91,18 @@ def report(
     _guarded(work, f"pocl report {shlex.quote(str(folder))}")
 
 
+@app.command(context_settings={**_OVERRIDES, "help_option_names": []}, add_help_option=False)
+def bench(
+    context: typer.Context,
+    subject: Annotated[str, typer.Argument(help="What to measure: loss, training, ...; without one, the list.")] = "",
+) -> None:
+    """Measure on this machine: pocl's parts against their floor and their peers.
+
+    pocl bench lists the subjects; pocl bench SUBJECT --help shows the options of one.
+    """
+    _guarded(lambda console: _run_benchmark(subject, context.args, console), "pocl bench")
+
+
 @app.command()
 def keys() -> None:
     """List every setting of a recipe with its default and meaning."""
@@ -148,6 +160,23 @@ def _guarded(work: Callable[[Console], None], command: str) -> None:
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         Console(stderr=True).print("[red]Error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _run_benchmark(subject: str, words: Sequence[str], console: Console) -> None:
+    import runpy
+
+    root = Path(__file__).parents[1]
+    subjects = {file.stem.removeprefix("bench_"): file.stem for file in sorted(root.glob("benchmarks/bench_*.py"))}
+    if not subjects:
+        raise ValueError("the benchmarks are part of the source tree, not of the installed package: clone the project")
+    if subject not in subjects:
+        console.print(f"pocl bench SUBJECT [OPTIONS], with one of: {', '.join(subjects)}", highlight=False)
+        if subject not in ("", "--help"):
+            raise ValueError(f"there is no benchmark {subject!r}")
+        return
+    sys.path.insert(0, str(root))
+    sys.argv = [f"pocl bench {subject}", *words]
+    runpy.run_module(f"benchmarks.{subjects[subject]}", run_name="__main__")
 
 
 def _quiet_libraries() -> None:

@@ -1,6 +1,7 @@
 """Whole runs of the command line on a random model of two or three layers and 1,000 words."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,51 +15,77 @@ from pocl.cli import app
 STEPS = ["models", "data", "teacher-cache", "warm-up", "ranking", "training", "evaluation", "report"]
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_teacher_folder: Path, tiny_pairs: list[dict[str, str]]) -> Path:
-    """A recipe that cuts two layers of the three-layer teacher and trains two stages."""
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
-    values = {
-        "name": "tiny",
-        "output": str(tmp_path / "run"),
-        "teacher": str(tiny_teacher_folder),
-        "student": {"cut": 2},
-        "data": {"source": str(data), "num_validation": 4, "num_test": 6, "template": "plain", "max_length": 64},
-        "warmup": {"epochs": 1},
-        "ranking": {"max_new_tokens": 8},
-        "curriculum": {"num_stages": 2, "epochs": 1},
-        "training": {"batch_size": 8},
-        "evaluation": {"max_new_tokens": 8},
-    }
-    values["data"]["max_prompt_length"] = 32
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
-
-
-@pytest.fixture
-def pocl() -> Callable[..., Any]:
+def pocl(*words: Any) -> Any:
     """Run `pocl` with words; returns exit code and output."""
-
-    def call(*words: Any) -> Any:
-        return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-
-    return call
+    return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())["steps"]
 
 
-def test_distill_makes_a_loadable_student_and_a_report_and_then_skips_everything(
-    recipe: Path, tmp_path: Path, pocl: Callable[..., Any]
-) -> None:
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_teacher_folder: Path, tiny_pairs: list[dict[str, str]]) -> Path:
+    """A recipe that cuts two layers of the three-layer teacher and trains two stages."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
+    return write_recipe(tmp_path, tiny_teacher_folder, data)
+
+
+def write_recipe(folder: Path, teacher: Path, data: Path) -> Path:
+    values = {
+        "name": "tiny",
+        "output": str(folder / "run"),
+        "teacher": str(teacher),
+        "student": {"cut": 2},
+        "data": {
+            "source": str(data),
+            "num_validation": 4,
+            "num_test": 6,
+            "template": "plain",
+            "max_length": 64,
+            "max_prompt_length": 32,
+        },
+        "warmup": {"epochs": 1},
+        "ranking": {"max_new_tokens": 8},
+        "curriculum": {"num_stages": 2, "epochs": 1},
+        "training": {"batch_size": 8},
+        "evaluation": {"max_new_tokens": 8},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, tiny_pairs: list[dict[str, str]]
+) -> Path:
+    """A folder with a recipe and its finished run. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
+    made = write_recipe(folder, tiny_teacher_folder, folder / "pairs.jsonl")
+    result = pocl("distill", made)
+    assert result.exit_code == 0, result.output
+    (folder / "output.txt").write_text(result.output)
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Run `pocl` on a copy of the finished run: a call with the command and further words."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+
+    def call(command: str, *words: Any) -> Any:
+        return pocl(command, finished / "recipe.yaml", "--output", tmp_path / "run", *words)
+
+    return call
+
+
+def test_distill_makes_a_loadable_student_and_a_report(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = tmp_path / "run"
-    first = pocl("distill", recipe)
-    assert first.exit_code == 0, first.output
+    run = finished / "run"
     assert list(manifest(run)) == STEPS
     assert all(record["state"] == "finished" for record in manifest(run).values())
     student = AutoModelForCausalLM.from_pretrained(run / "student")
@@ -69,11 +96,189 @@ def test_distill_makes_a_loadable_student_and_a_report_and_then_skips_everything
     assert results["teacher"]["kl_to_teacher"] == 0
     assert results["student-final"]["kl_to_teacher"] < results["student-initial"]["kl_to_teacher"]
     page = (run / "report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == page.count("<img") >= 4
+    assert page.count("data:image/png;base64,") == page.count("<img") == 5
 
+
+def test_the_output_explains_each_step_and_ends_with_table_and_paths(finished: Path) -> None:
+    text = (finished / "output.txt").read_text()
+    assert all(f"[{number}/{len(STEPS)}] {name}" in text for number, name in enumerate(STEPS, start=1))
+    assert "after the stages" in text
+    assert f"Student:  {finished / 'run' / 'student'}" in text
+    assert f"Report:   {finished / 'run' / 'report' / 'index.html'}" in text
+
+
+def test_a_second_run_skips_everything_and_changes_nothing(
+    copied: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    second = pocl("distill", recipe)
-    assert second.exit_code == 0
-    assert second.output.count("done before") == len(STEPS)
-    changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
-    assert changed <= {"recipe.yaml"}
+    monkeypatch.setattr("pocl.pipeline.context.Context.load_model", lambda *_: pytest.fail("a model was loaded"))
+    result = copied("distill")
+    assert result.exit_code == 0
+    assert result.output.count("done before") == len(STEPS)
+    assert {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp} <= {"recipe.yaml"}
+
+
+def test_another_recipe_is_refused_and_redone_from_where_it_differs_on_request(
+    copied: Callable[..., Any], tmp_path: Path
+) -> None:
+    result = copied("distill", "--curriculum.kd_ratio", "0.5")
+    assert result.exit_code == 1
+    assert "curriculum.kd_ratio: [0.7, 1.0] in the folder, [0.5] now" in result.stderr
+    assert manifest(tmp_path / "run")["training"]["state"] == "finished"
+    result = copied("distill", "--curriculum.kd_ratio", "0.5", "--change")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("done before") == STEPS.index("training")
+
+
+def test_changed_data_under_the_same_name_is_refused(
+    copied: Callable[..., Any], finished: Path, tmp_path: Path
+) -> None:
+    data = finished / "pairs.jsonl"
+    whole = data.read_text()
+    try:
+        data.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+        result = copied("distill")
+    finally:
+        data.write_text(whole)
+    assert result.exit_code == 1
+    assert "the step 'data' of other inputs" in result.stderr
+    assert "content.source:" in result.stderr
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+
+
+def test_ctrl_c_tells_how_to_go_on_and_the_next_run_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocl.trainer import POCLTrainer
+
+    trained: list[int] = []
+    plain = POCLTrainer.training_step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        trained.append(self.stage.index)
+        if trained.count(1) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(POCLTrainer, "training_step", counted)
+    monkeypatch.setattr("sys.argv", ["pocl", "distill", str(recipe)])
+    result = pocl("distill", recipe)
+    assert result.exit_code == 130
+    assert f"pocl distill {recipe}" in result.output
+    trained.clear()
+    monkeypatch.setattr(POCLTrainer, "training_step", plain)
+    entered: list[int] = []
+    enter = POCLTrainer._enter
+    monkeypatch.setattr(
+        POCLTrainer, "_enter", lambda self, stage, args: (entered.append(stage.index), enter(self, stage, args))
+    )
+    result = pocl("distill", recipe)
+    assert result.exit_code == 0, result.output
+    assert "goes on where it was cut off" in result.output
+    assert entered == [1]
+
+
+def test_rank_alone_writes_a_data_set_that_other_trainers_can_use(recipe: Path, tmp_path: Path) -> None:
+    from pocl.pipeline.context import read_parquet
+
+    result = pocl("rank", recipe, "--warmup.epochs", "0", "--teacher_cache.mode", "online")
+    assert result.exit_code == 0, result.output
+    table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet")
+    assert {"prompt", "response", "student_response", "rank", "subset", "cross_entropy", "rouge_l"} <= set(
+        table.column_names
+    )
+    assert sorted(table["rank"]) == list(range(1, len(table) + 1))
+    assert set(table["subset"]) == {0, 1}
+    lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    pairs = {row["instruction"]: row["output"] for row in map(json.loads, lines)}
+    assert all(pairs[prompt] == answer for prompt, answer in zip(table["prompt"], table["response"], strict=True))
+    assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking"]
+
+
+def test_a_student_of_ones_own_and_a_single_stage_without_held_out_samples(
+    recipe: Path, tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    words = ["--student.model", tiny_model_folder, "--warmup.epochs", "0", "--teacher_cache.mode", "online"]
+    words += ["--curriculum.kind", "constant", "--curriculum.temperature", "2", "--curriculum.kd_ratio", "1"]
+    words += [
+        "--data.num_validation",
+        "0",
+        "--data.num_test",
+        "0",
+        "--curriculum.start",
+        "last",
+        "--loss.divergence",
+        "jsd",
+    ]
+    result = pocl("distill", recipe, *words)
+    assert result.exit_code == 0, result.output
+    assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking", "training", "report"]
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+
+
+def test_dry_run_prints_the_stages_and_writes_nothing(recipe: Path, tmp_path: Path) -> None:
+    result = pocl("distill", recipe, "--dry-run")
+    assert result.exit_code == 0
+    assert "38 training samples" in result.output
+    assert "runs once" in result.output
+    rows = [line.split() for line in result.output.splitlines()]
+    assert ["0", "0", "19", "1", "3", "1", "0.7", "-", "0.0001"] in rows
+    assert ["1", "0-1", "38", "1", "5", "2", "1", "-", "0.0001"] in rows
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_possible_where_the_data_cannot_be_reached(recipe: Path) -> None:
+    result = pocl("distill", recipe, "--dry-run", "--data.source", "no-one/no-such-data")
+    assert result.exit_code == 0
+    assert "Samples unknown" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill", "RECIPE", "--training.batch_sise", "3"], "did you mean training.batch_size?"),
+        (["distill", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["evaluate", "RECIPE"], "has no trained student yet: run pocl distill"),
+        (["cache-teacher", "RECIPE", "--teacher_cache.mode", "online"], "set teacher_cache.mode to cached"),
+        (["report", "nowhere"], "not the folder of a run"),
+        (["distill", "RECIPE", "--data.source", "missing.jsonl"], "'missing.jsonl' does not exist"),
+        (["distill", "RECIPE", "--data.num_test", "44"], "leave none to train on"),
+    ],
+)
+def test_mistakes_are_told_in_words_with_exit_code_1(words: list[str], message: str, recipe: Path) -> None:
+    result = pocl(*[recipe if word == "RECIPE" else word for word in words])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_vocabularies_that_differ_are_refused_before_anything_is_trained(
+    recipe: Path, tmp_path: Path, make_tiny_folder: Callable[..., Path]
+) -> None:
+    other = make_tiny_folder(seed=3)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = pocl("distill", recipe, "--student.model", other)
+    assert result.exit_code == 1
+    assert "w1" in result.stderr
+    assert not (tmp_path / "run" / "warmup").exists()
+
+
+def test_empty_responses_are_dropped_and_counted(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    with data.open("a") as file:
+        file.write(json.dumps({"instruction": "w1 w2", "input": "", "output": " "}) + "\n")
+    result = pocl("cache-teacher", recipe)
+    assert result.exit_code == 0, result.output
+    assert "1 dropped (empty response)" in result.output
+    assert manifest(tmp_path / "run")["teacher-cache"]["summary"]["cached"]
+
+
+@pytest.mark.parametrize(
+    "command", ["quickstart", "rank", "cache-teacher", "distill", "evaluate", "report", "bench", "keys"]
+)
+def test_every_command_has_help(command: str) -> None:
+    assert command in pocl("--help").output
+    assert pocl(command, "--help").exit_code == 0
