@@ -1,0 +1,70 @@
+"""From a recipe to the curriculum, the divergence and the number of teacher passes."""
+
+from typing import Any
+
+import pytest
+
+from pocl.pipeline.training import curriculum_of, divergence_of, teacher_passes
+from pocl.recipe import Recipe, build_recipe
+from pocl_kernels import DIVERGENCES, JSD, Alpha, SkewReverseKL
+
+
+def recipe(*words: str) -> Recipe:
+    return build_recipe({"student": {"cut": 2}}, words)
+
+
+def test_the_default_recipe_is_the_papers_curriculum() -> None:
+    stages = curriculum_of(recipe()).stages
+    assert [stage.subsets for stage in stages] == [(0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)]
+    assert [stage.temperature for stage in stages] == pytest.approx([1, 4 / 3, 5 / 3, 2])
+    assert [stage.kd_ratio for stage in stages] == pytest.approx([0.7, 0.8, 0.9, 1.0])
+    assert {(stage.epochs, stage.learning_rate, stage.skew) for stage in stages} == {(8, 1e-4, None)}
+    assert teacher_passes(recipe()) == 20
+
+
+@pytest.mark.parametrize("kind", ["one_pass", "reversed", "shuffled"])
+def test_controls_keep_stages_and_schedules(kind: str) -> None:
+    made, paper = curriculum_of(recipe("--curriculum.kind", kind)), curriculum_of(recipe())
+    assert made.name == kind
+    assert [s.temperature for s in made.stages] == [s.temperature for s in paper.stages]
+
+
+def test_plain_distillation_makes_as_many_passes_as_the_stages() -> None:
+    words = ["--curriculum.kind", "constant", "--curriculum.temperature", "2", "--curriculum.kd_ratio", "1"]
+    plain = recipe(*words)
+    (stage,) = curriculum_of(plain).stages
+    assert (stage.subsets, stage.epochs, stage.temperature) == ((0, 1, 2, 3), 20, 2)
+    assert teacher_passes(plain) == teacher_passes(recipe())
+
+
+def test_the_warm_up_counts_as_teacher_passes() -> None:
+    assert teacher_passes(recipe("--warmup.epochs", "2")) == 22
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--divergence", "jsd", "--beta", "0.9"], JSD(beta=0.9)),
+        (["--divergence", "alpha", "--loss.alpha", "0.3"], Alpha(alpha=0.3)),
+        (["--divergence", "skew_rkl"], SkewReverseKL()),
+    ],
+)
+def test_divergences_take_their_parameters_from_the_recipe(words: list[str], expected: Any) -> None:
+    assert divergence_of(recipe(*words)) == expected
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_every_divergence_can_be_named(name: str) -> None:
+    assert type(divergence_of(recipe("--loss.divergence", name))) is DIVERGENCES[name]
+
+
+def test_the_skew_of_the_stages_goes_to_skewed_divergences_alone() -> None:
+    words = ["--curriculum.skew", "[0.1, 0.12]"]
+    assert {stage.skew for stage in curriculum_of(recipe(*words)).stages} == {None}
+    skewed = curriculum_of(recipe(*words, "--divergence", "skew_fkl")).stages
+    assert (skewed[0].skew, skewed[-1].skew) == (0.1, 0.12)
+
+
+def test_epochs_may_differ_by_stage() -> None:
+    stages = curriculum_of(recipe("--curriculum.epochs", "[1, 2, 3, 4]")).stages
+    assert [stage.epochs for stage in stages] == [1, 2, 3, 4]
