@@ -197,9 +197,11 @@ def _print_plan(recipe: Recipe, console: Console) -> None:
     made = plan(recipe)
     console.print(f"[bold]Plan of {recipe.name}[/bold], into {recipe.output}", highlight=False)
     for number, (name, why) in enumerate(made.steps, start=1):
-        console.print(f"  {number}. [bold]{name}[/bold]  {why}", highlight=False)
-    samples = f"{made.num_samples} training samples" if made.num_samples else f"Samples unknown ({made.unknown})"
-    console.print(f"\n{samples}. Teacher {made.teacher}.", highlight=False)
+        console.print(f"  {number}. [bold]{name}[/bold]  {why}", highlight=False, soft_wrap=True)
+    samples = f"{made.num_samples:,} training samples" if made.num_samples else "An unknown number of samples"
+    if made.unread:
+        samples += f" ({'at most; ' if made.num_samples else ''}the data cannot be read: {made.unread})"
+    console.print(f"\n{samples}. The teacher {made.teacher}.", highlight=False, soft_wrap=True)
     table = Table(*made.stages[0], box=None, pad_edge=False)
     for row in made.stages:
         table.add_row(*row.values())

@@ -18,9 +18,9 @@ class Plan:
     stages: list[dict[str, str]]
     """A row for each stage (see `Curriculum.table`)."""
     num_samples: int | None
-    """Training samples, as far as that is known without tokenising; None where the data could not be read."""
-    unknown: str
-    """Why the number of samples is not known; empty if it is."""
+    """Training samples, empty ones included; where the data cannot be read, `data.num_train`, which may be None."""
+    unread: str
+    """Why the data could not be read; empty if it was."""
     teacher: str
     """How often the teacher runs, in words."""
 
@@ -29,11 +29,11 @@ def plan(recipe: Recipe) -> Plan:
     """Stages, samples, steps, temperatures and learning rates of a recipe. Reads the data, never the models."""
     from pocl.pipeline.prepare import split_examples
 
-    count, unknown = None, ""
+    count, unread = recipe.data.num_train, ""
     try:
         count = len(split_examples(recipe)["train"])
     except Exception as error:  # whatever a hub, a network or a file may raise: a plan is possible without
-        unknown = f"{type(error).__name__}: {error}"
+        unread = f"{type(error).__name__}: {error}"
     curriculum = curriculum_of(recipe)
     parts = recipe.curriculum.num_stages
     training = recipe.training
@@ -46,4 +46,4 @@ def plan(recipe: Recipe) -> Plan:
         if mode == "cached" or (mode == "auto" and passes > 1)
         else f"runs at every step, {passes:.3g} passes over the samples"
     )
-    return Plan([(step.name, step.why) for step in build_steps(recipe)], stages, count, unknown, teacher)
+    return Plan([(step.name, step.why) for step in build_steps(recipe)], stages, count, unread, teacher)

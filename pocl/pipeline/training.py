@@ -220,7 +220,7 @@ def _trainer(
     )
 
 
-def _checkpointing(wanted: bool) -> dict[str, bool]:
+def _checkpointing(wanted: bool) -> dict[str, Any]:
     """The argument of transformers, which goes by another name in older releases."""
     from transformers import TrainingArguments
 

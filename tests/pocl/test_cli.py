@@ -228,9 +228,12 @@ def test_dry_run_prints_the_stages_and_writes_nothing(recipe: Path, tmp_path: Pa
 
 
 def test_a_plan_is_possible_where_the_data_cannot_be_reached(recipe: Path) -> None:
-    result = pocl("distill", recipe, "--dry-run", "--data.source", "no-one/no-such-data")
+    words = ["distill", recipe, "--dry-run", "--data.source", "no-one/no-such-data"]
+    result = pocl(*words)
     assert result.exit_code == 0
-    assert "Samples unknown" in result.output
+    assert "An unknown number of samples (the data cannot be read: " in result.output
+    result = pocl(*words, "--data.num_train", "1000")
+    assert "1,000 training samples (at most; the data cannot be read: " in result.output
 
 
 @pytest.mark.parametrize(
