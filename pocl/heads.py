@@ -153,6 +153,26 @@ def verify_head(model: nn.Module, tolerance: float = 1e-3, length: int = 8) -> N
         )
 
 
+def separates_packed_rows(model: nn.Module, tolerance: float = 1e-3) -> bool:
+    """Whether two rows behind one another, with positions that start anew, have the hidden states they have alone."""
+    inner = unwrapped(model)
+    device = inner.get_input_embeddings().weight.device
+    rows = [torch.arange(start, start + length, device=device).unsqueeze(0) + 1 for start, length in ((0, 5), (2, 4))]
+    rows = [row.remainder(_text_config(inner).vocab_size) for row in rows]
+    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in rows]).unsqueeze(0)
+    was_training = inner.training
+    inner.eval()
+    try:
+        with torch.no_grad():
+            alone = torch.cat([hidden_states(inner, row) for row in rows], 1).float()
+            packed = hidden_states(inner, torch.cat(rows, 1), position_ids=positions).float()
+    except (TypeError, ValueError, RuntimeError):  # a backbone without positions, or one that wants a mask
+        return False
+    finally:
+        inner.train(was_training)
+    return (alone - packed).abs().max().item() <= tolerance * alone.abs().max().item()
+
+
 def project(head: Head, hidden: Tensor) -> Tensor:
     """Logits [..., V] float32 of hidden states [..., H]: projection, bias, scale, softcap, in this order."""
     bias = None if head.bias is None else head.bias.to(hidden.dtype)

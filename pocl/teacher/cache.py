@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pocl.heads import IGNORE_INDEX
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import (
     DTYPES,
@@ -364,12 +363,19 @@ def _padded(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def _unpadded(batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """The samples of a padded batch."""
+    """The samples of a padded or packed batch."""
     ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-    mask = batch.get("attention_mask")
-    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-    ids_of = batch["sample_id"].tolist() if "sample_id" in batch else [IGNORE_INDEX] * len(ids)
+    if batch.get("position_ids") is not None:
+        starts = (batch["position_ids"].cpu().flatten() == 0).nonzero().flatten().tolist()
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], ids.numel()], strict=True)]
+        of_rows, of_labels = ids.flatten().split(lengths), labels.flatten().split(lengths)
+    else:
+        mask = batch.get("attention_mask")
+        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+        of_rows = [row[:n] for row, n in zip(ids, lengths, strict=True)]
+        of_labels = [row[:n] for row, n in zip(labels, lengths, strict=True)]
+    names = batch["sample_id"].tolist() if "sample_id" in batch else list(range(len(of_rows)))
     return [
-        {"sample_id": name, "input_ids": row[:n].tolist(), "labels": label[:n].tolist()}
-        for name, row, label, n in zip(ids_of, ids, labels, lengths, strict=True)
+        {"sample_id": name, "input_ids": row.tolist(), "labels": label.tolist()}
+        for name, row, label in zip(names, of_rows, of_labels, strict=True)
     ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from pocl import heads
 from pocl.curriculum import Curriculum
-from pocl.teacher import Teacher
+from pocl.teacher import OnlineTeacher, Teacher
 from pocl.trainer.config import POCLConfig
 from pocl_kernels import Divergence
 from pocl_kernels.divergences import get_divergence
@@ -58,6 +58,24 @@ def check_setup(
             raise ValueError("teacher is None, but a stage has kd_ratio > 0; pass a teacher or set kd_ratio=0")
     else:
         heads.check_vocabularies(heads.head_of(model).vocab_size, teacher.head.vocab_size)
+
+
+def packs(args: POCLConfig, model: Any, teacher: Teacher | None) -> bool:
+    """Whether batches are packed: `args.packing`, or where it is None, whether that is faster and both models can.
+
+    Raises:
+        ValueError: `packing=True`, but a model mixes packed rows.
+    """
+    if args.packing is False:
+        return False
+    attention = getattr(heads.unwrapped(model).config, "_attn_implementation", None) or ""
+    if args.packing is None and args.device.type != "cpu" and "flash" not in attention:
+        return False
+    models = [model, *([teacher.model] if isinstance(teacher, OnlineTeacher) else [])]
+    mixing = [type(heads.unwrapped(m)).__name__ for m in models if not heads.separates_packed_rows(m)]
+    if mixing and args.packing:
+        raise ValueError(f"packing=True, but {mixing[0]} mixes the rows of a packed batch; set packing=False")
+    return not mixing
 
 
 def divergence_of(curriculum: Curriculum, divergence: str | Divergence) -> list[Divergence]:

@@ -39,6 +39,13 @@ class POCLConfig(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "The loss reaches every trained parameter, so none is searched for."}
     )
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put the rows of a batch behind one another in place of padding them. None does so on a CPU, and "
+            "elsewhere if the student uses flash-attn, where both models are found to support it."
+        },
+    )
     scale_by_temperature: bool = field(
         default=True,
         metadata={"help": "Multiply the divergence by the squared temperature, so gradients keep their size."},

@@ -25,15 +25,15 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from pocl import heads
 from pocl.curriculum import Curriculum, Stage
 from pocl.data import Collator
-from pocl.teacher import HiddenStateCache, Teacher
-from pocl.teacher.cache import AttachTeacher
+from pocl.teacher import Teacher
 from pocl.trainer.callbacks import Convergence, StageBar
-from pocl.trainer.checks import check_setup, divergence_of, run_identity
+from pocl.trainer.checks import check_setup, divergence_of, packs, run_identity
 from pocl.trainer.config import POCLConfig
 from pocl.trainer.figures import Figures, FiniteLossGuard
 from pocl.trainer.fused import DistillationLossCall, install_fused_forward
+from pocl.trainer.loading import PackedCollator, label_tokens, make_loader
 from pocl.trainer.progress import FinishedStage, RunProgress
-from pocl.trainer.sampler import StageRows, StageSampler, derived_seed
+from pocl.trainer.sampler import StageRows, derived_seed
 from pocl.trainer.weights import load_weights, no_saving_bars, save_weights
 from pocl_kernels import Divergence
 
@@ -93,7 +93,8 @@ class POCLTrainer(Trainer):
         self.stage_rows = self.curriculum.rows(self.subsets)
         self.stage: Stage = self.curriculum.stages[0]
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = Collator(getattr(processing_class, "pad_token_id", None) or 0)
+            padded = Collator(getattr(processing_class, "pad_token_id", None) or 0)
+            kwargs["data_collator"] = PackedCollator() if packs(args, model, teacher) else padded
         install_fused_forward(model)
         super().__init__(
             model=model,
@@ -271,7 +272,8 @@ class POCLTrainer(Trainer):
         rows = self.stage_rows[self.stage.index]
         steps = self.stage.steps(len(rows), self.batch_size)
         per_epoch = -(-len(rows) // self.batch_size) if self.stage.max_steps else steps // self.stage.epochs
-        return self._loader(
+        return make_loader(
+            self,
             StageRows(self.train_dataset, rows),
             self._train_batch_size,
             order=getattr(self.args, "train_sampling_strategy", "random"),
@@ -286,26 +288,7 @@ class POCLTrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset is needed to evaluate; pass it to POCLTrainer or to evaluate()")
-        return self._loader(StageRows(dataset, range(len(dataset))), self.args.eval_batch_size, order="sequential")
-
-    def _loader(self, rows: StageRows, batch_size: int, *, order: str, **of_sampler: Any) -> DataLoader:
-        if order == "group_by_length":
-            of_sampler["lengths"] = rows.lengths()
-        collator = self.data_collator
-        if isinstance(self.teacher, HiddenStateCache):
-            collator = AttachTeacher(collator, self.teacher)
-        micro_batch = batch_size * self.args.world_size if self.args.world_size > 1 else 1
-        loader: DataLoader = DataLoader(
-            rows,
-            batch_size,
-            sampler=StageSampler(len(rows), order=order, micro_batch=micro_batch, **of_sampler),
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        return make_loader(self, StageRows(dataset, range(len(dataset))), self.args.eval_batch_size)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -317,7 +300,7 @@ class POCLTrainer(Trainer):
                 batches.append(next(epoch_iterator))
         count = torch.zeros(1, dtype=torch.int64, device=device)
         for batch in batches:
-            count += _label_tokens(batch["labels"])
+            count += label_tokens(batch["labels"])
             self.figures.count_tokens(batch)
         self.figures.steps += 1
         return batches, self.accelerator.gather(count).sum().clamp(min=1)
@@ -329,7 +312,7 @@ class POCLTrainer(Trainer):
     ) -> Any:
         """The stage's loss of one micro-batch, in nats per label token of the whole batch when their count is given."""
         if num_items_in_batch is None:
-            num_items_in_batch = _label_tokens(inputs["labels"]).clamp(min=1)
+            num_items_in_batch = label_tokens(inputs["labels"]).clamp(min=1)
         teacher = None if self.stage.kd_ratio == 0 else self.teacher
         call = DistillationLossCall(
             labels=inputs["labels"],
@@ -364,7 +347,7 @@ class POCLTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """Loss of one batch; logits are never made. Sums are kept for token-weighted means over the whole set."""
         inputs = self._prepare_inputs(inputs)
-        tokens = _label_tokens(inputs["labels"])
+        tokens = label_tokens(inputs["labels"])
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, True, torch.ones_like(tokens))
         self.eval_figures.add({**outputs, "num_tokens": tokens})
@@ -402,8 +385,3 @@ class POCLTrainer(Trainer):
         if self.is_in_train and self.is_world_process_zero():
             self.progress.append_log({"step": self.state.global_step, **logs})
         self.state.global_step = step
-
-
-def _label_tokens(labels: Tensor) -> Tensor:
-    """Number of tokens that are predicted: the first of a row never is."""
-    return (labels[..., 1:] != heads.IGNORE_INDEX).sum()

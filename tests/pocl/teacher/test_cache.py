@@ -14,6 +14,7 @@ from pocl.data import Collator
 from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
 from pocl.teacher import cache as cache_module
 from pocl.teacher.store import Store, plan_shards
+from pocl.trainer.loading import PackedCollator
 
 
 @pytest.fixture
@@ -46,6 +47,9 @@ def test_cached_states_are_the_online_ones_in_any_batch(tmp_path: Path, online: 
         batch = Collator(0)(chosen)
         torch.testing.assert_close(cache.hidden_states(batch), online.hidden_states(batch), rtol=1e-5, atol=1e-5)
         assert torch.equal(cache.rows(chosen), cache.hidden_states(batch))
+        packed = PackedCollator()(chosen)
+        assert torch.equal(cache.hidden_states(packed), cache.hidden_states(batch))
+        torch.testing.assert_close(online.hidden_states(packed), online.hidden_states(batch), rtol=1e-5, atol=1e-5)
     assert torch.equal(cache.head.weight, online.head.weight)
 
 

@@ -274,7 +274,7 @@ def test_activation_checkpointing_changes_memory_only(trainer_of, student, tmp_p
 
 
 def test_rows_of_like_length_share_batches_and_none_is_lost(trainer_of, rows) -> None:
-    trainer = trainer_of(Curriculum.constant(num_subsets=2), train_sampling_strategy="group_by_length")
+    trainer = trainer_of(Curriculum.constant(num_subsets=2), train_sampling_strategy="group_by_length", packing=False)
     batches = list(trainer.get_train_dataloader())
     assert sorted(i for batch in batches for i in batch["sample_id"].tolist()) == [row["sample_id"] for row in rows]
     spread = [int(batch["attention_mask"].sum(1).max() - batch["attention_mask"].sum(1).min()) for batch in batches]

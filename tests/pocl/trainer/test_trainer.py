@@ -63,15 +63,16 @@ def test_the_first_logged_loss_is_the_formula_on_the_models_own_logits(student, 
     assert first["divergence"] == pytest.approx(divergence.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("how", ["accumulation", "padding"])
+@pytest.mark.parametrize("how", ["accumulation", "padding", "packing"])
 def test_weights_do_not_depend_on(how: str, student, teacher, config, rows, subsets, tmp_path) -> None:
-    def result(folder: str, per_device: int, accumulation: int, collator: Any = None) -> torch.Tensor:
+    def result(folder: str, per_device: int, accumulation: int, packing: bool = False, collator: Any = None) -> Any:
         model = transformers.LlamaForCausalLM(student.config)
         model.load_state_dict(student.state_dict())
         args = config(
             output_dir=str(tmp_path / folder),
             per_device_train_batch_size=per_device,
             gradient_accumulation_steps=accumulation,
+            packing=packing,
         )
         curriculum = Curriculum.baby_step(2, epochs=1)
         make(
@@ -80,9 +81,26 @@ def test_weights_do_not_depend_on(how: str, student, teacher, config, rows, subs
         return weights(model)
 
     base = result("a", 6, 1)
-    other = result("b", 2, 3) if how == "accumulation" else result("c", 6, 1, Collator(0, pad_to_multiple_of=16))
+    other = {
+        "accumulation": lambda: result("b", 2, 3),
+        "padding": lambda: result("b", 6, 1, collator=Collator(0, pad_to_multiple_of=16)),
+        "packing": lambda: result("b", 3, 2, packing=True),
+    }[how]()
     assert not torch.equal(base, weights(student))
     torch.testing.assert_close(base, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_mixes_packed_rows_is_padded_or_refused(teacher, config, rows) -> None:
+    from pocl.trainer.loading import PackedCollator
+
+    fields = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "pad_token_id": 0}
+    recurrent = transformers.MambaForCausalLM(transformers.MambaConfig(**fields))
+    curriculum = Curriculum.constant(num_subsets=1)
+    trainer = make(recurrent, teacher, config(), rows, curriculum=curriculum)
+    assert isinstance(trainer.data_collator, Collator)
+    with pytest.raises(ValueError, match="packing=True, but MambaForCausalLM mixes the rows"):
+        make(recurrent, teacher, config(packing=True), rows, curriculum=curriculum)
+    assert isinstance(make(teacher.model, teacher, config(), rows, curriculum=curriculum).data_collator, PackedCollator)
 
 
 def test_stages_train_on_their_subsets_once_an_epoch(student, teacher, config, rows, subsets) -> None:
