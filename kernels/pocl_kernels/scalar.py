@@ -73,8 +73,10 @@ class Scalar:
     def __gt__(self, other: Value) -> Scalar:
         return self.recorder.node("lt", other, self)
 
-    def equals(self, other: Value) -> Scalar:
+    def __eq__(self, other: Value) -> Scalar:  # type: ignore[override]
         return self.recorder.node("eq", self, other)
+
+    __hash__ = object.__hash__
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -228,7 +230,7 @@ def where(condition: Value, a: Value, b: Value) -> Value:
 
 def equal(x: Value, y: Value) -> Value:
     """x == y, elementwise."""
-    return _dispatch("eq", torch.eq, lambda a, b: a == b, x, y)
+    return x == y
 
 
 def sign(x: Value) -> Value:
@@ -281,7 +283,8 @@ def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
 def phi_series(x: Value) -> Value:
     """phi(x) = e^x - 1 - x for |x| < 1/2, to the last bit where the closed form cancels."""
     # Terms of x^k / k! up to k = 8 reach float32 on |x| < 1/2 (the next is 4e-8 of the sum), up to k = 17 float64.
-    top = 17 if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else 8
+    double = x.dtype == torch.float64 if isinstance(x, torch.Tensor) else not isinstance(x, Scalar)
+    top = 17 if double else 8
     series: Value = 1.0 / math.factorial(top)
     for k in range(top - 1, 1, -1):
         series = series * x + 1.0 / math.factorial(k)

@@ -1,0 +1,345 @@
+"""The scalar language: one definition, three ways to run it, the same numbers."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pocl_kernels import DIVERGENCES, Divergence, scalar
+from pocl_kernels.scalar import (
+    Program,
+    Recorder,
+    Value,
+    absolute,
+    equal,
+    exp,
+    kl_term,
+    log,
+    log1p_unit,
+    log_mixture,
+    maximum,
+    phi_series,
+    sign,
+    trace,
+    weighted,
+    where,
+)
+from tests.kernels.cases import INSTANCES, Solution, make_case, solve
+
+INFINITY = math.inf
+# Log-probabilities: equal, near, far, underflowing, masked on either side or on both.
+GRID = [-0.0, -1e-30, -1e-4, -0.3, -0.31, -2.0, -2.0000002, -17.0, -87.0, -104.0, -500.0, -INFINITY]
+PYTHON_SYNTAX = {
+    "const": "{}", "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "divide({}, {})", "neg": "(-{})",
+    "lt": "({} < {})", "eq": "({} == {})", "where": "({1} if {0} else {2})", "exp": "exp({})", "log": "log({})",
+    "abs": "abs({})",
+}  # fmt: skip
+
+
+def grid() -> tuple[torch.Tensor, torch.Tensor]:
+    l, r = torch.meshgrid(*(torch.tensor(GRID, dtype=torch.float64),) * 2, indexing="ij")
+    return l.flatten(), r.flatten()
+
+
+def run_python(program: Program, parameters: list[float], l: float, r: float) -> tuple[float, float]:
+    """The traced program printed as Python and run in double precision, one number at a time."""
+    lines = [line for part in program.render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}") for line in part]
+    names: dict[str, Any] = {
+        "exp": lambda x: math.exp(x) if x < 709 else INFINITY,
+        "log": lambda x: math.log(x) if x > 0 else -INFINITY,
+        "divide": lambda x, y: x / y if y else x * INFINITY,
+        **program_arguments(program, parameters, l, r),
+    }
+    exec("\n".join(lines), names)
+    return names["value"], names["slope"]
+
+
+def program_arguments(program: Program, parameters: list[float], l: float, r: float) -> dict[str, float]:
+    return {"l": l, "r": r, **dict(zip(program.parameters, parameters, strict=True))}
+
+
+def shipped(name: str) -> Divergence:
+    instance = INSTANCES[name]
+    return DIVERGENCES[instance]() if isinstance(instance, str) else instance
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_printed_program_equals_eager_evaluation(name: str) -> None:
+    divergence = shipped(name)
+    program = trace(divergence)
+    l, r = grid()
+    for function, index in (("value", 0), ("slope", 1)):
+        eager = getattr(divergence, function)(l, r)
+        printed = torch.tensor(
+            [
+                run_python(program, divergence.parameters(), a, b)[index]
+                for a, b in zip(l.tolist(), r.tolist(), strict=True)
+            ],
+            dtype=torch.float64,
+        )
+        # The recorded series stop where float32 does: far below its spacing of 6e-8 at the probabilities themselves.
+        tolerance = 1e-7 * eager.abs() + 2e-8 * (l.exp() + r.exp())
+        agree = (printed == eager) | ((printed - eager).abs() <= tolerance)
+        bad = torch.nonzero(~agree).flatten()
+        assert not len(bad), [(l[i].item(), r[i].item(), printed[i].item(), eager[i].item()) for i in bad[:5]]
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_values_and_slopes_are_finite_wherever_the_mathematics_is(name: str) -> None:
+    l, r = grid()
+    divergence = shipped(name)
+    value, slope = divergence.value(l, r), divergence.slope(l, r)
+    assert not value.isnan().any()
+    assert not slope.isnan().any()
+    # Infinite only where one side gives a token no probability and the other does.
+    masked = torch.isinf(l) ^ torch.isinf(r)
+    assert torch.isfinite(value[~masked]).all()
+    assert torch.isfinite(slope[~masked]).all()
+
+
+@pytest.mark.parametrize("name", INSTANCES)
+def test_slope_is_the_student_weighted_derivative_of_the_value(name: str) -> None:
+    divergence = shipped(name)
+    g = torch.Generator().manual_seed(0)
+    l, r = (torch.log_softmax(2 * torch.randn(64, dtype=torch.float64, generator=g), 0) for _ in range(2))
+    l = l.requires_grad_()
+    # dD/dl of the value; slope = dD/dl up to a multiple of q, which the subtraction of q c removes.
+    (derivative,) = torch.autograd.grad(divergence.value(l, r).sum(), l)
+    with torch.no_grad():
+        q, slope = l.exp(), divergence.slope(l, r)
+        difference = (slope - q * slope.sum()) - (derivative - q * derivative.sum())
+        assert float(difference.norm()) <= 1e-13 * max(1.0, float(derivative.norm()))
+
+
+def test_common_subexpressions_are_recorded_once() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Repeats(Divergence):
+        def value(self, l: Value, r: Value) -> Value:
+            return exp(l) * exp(r) + exp(l) * exp(r)
+
+        def slope(self, l: Value, r: Value) -> Value:
+            return exp(l) * exp(r)
+
+    program = trace(Repeats())
+    assert sorted(node.op for node in program.nodes) == ["add", "exp", "exp", "input", "input", "mul"]
+    _, body = program.render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}")
+    assert len(body) == 6
+
+
+def test_what_depends_on_parameters_alone_is_hoisted_out_of_the_loop() -> None:
+    head, body = trace(shipped("skew_fkl")).render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}")
+    assert any("log" in line for line in head)
+    assert not any("log(" in line for line in body)
+    assert all(re.search(r"\bl\b|\br\b|\bt\d+\b", line) for line in body)
+
+
+def test_what_no_result_needs_is_dropped() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Wasteful(Divergence):
+        unused: float = 3.0
+
+        def value(self, l: Value, r: Value) -> Value:
+            log(exp(r) * self.unused)
+            return exp(l)
+
+        def slope(self, l: Value, r: Value) -> Value:
+            return 0.0 * l
+
+    assert not any(node.op in ("log", "param") for node in trace(Wasteful()).nodes)
+
+
+def test_one_key_for_one_program_whatever_the_parameters() -> None:
+    programs = {name: trace(shipped(name)).key for name in INSTANCES}
+    assert programs["jsd"] == programs["jsd(0.1)"] == programs["jsd(0.9)"]
+    assert len(set(programs.values())) == len(DIVERGENCES)
+
+
+# --- The functions themselves ---
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "expected"),
+    [
+        (exp, (0.5,), math.exp(0.5)),
+        (log, (0.0,), -INFINITY),
+        (absolute, (-2.0,), 2.0),
+        (maximum, (1.0, 3.0), 3.0),
+        (maximum, (3.0, 1.0), 3.0),
+        (equal, (2.0, 2.0), 1.0),
+        (sign, (-3.0,), -1.0),
+        (sign, (0.0,), 0.0),
+        (sign, (5.0,), 1.0),
+        (where, (True, 1.0, 2.0), 1.0),
+        (weighted, (0.0, -INFINITY), 0.0),
+        (weighted, (2.0, 3.0), 6.0),
+        (log1p_unit, (0.25,), math.log(1.25)),
+        (phi_series, (0.25,), math.exp(0.25) - 1.25),
+        (kl_term, (0.0, -INFINITY, 0.3, math.log(0.3)), 0.3),
+        (kl_term, (0.2, math.log(0.2), 0.3, math.log(0.3)), 0.2 * math.log(2 / 3) + 0.1),
+        (log_mixture, (math.log(0.2), math.log(0.6), 0.25), math.log(0.5)),
+    ],
+)
+def test_functions_agree_on_numbers_tensors_and_mixtures(
+    function: Callable[..., Any], arguments: tuple[Any, ...], expected: float
+) -> None:
+    assert function(*arguments) == pytest.approx(expected, rel=1e-9)
+    tensors = [
+        torch.tensor([float(a)] * 2, dtype=torch.float64) if not isinstance(a, bool) else torch.tensor([a] * 2)
+        for a in arguments
+    ]
+    assert function(*tensors).tolist() == pytest.approx([expected] * 2, rel=1e-9)
+    for i in range(len(arguments)):  # any one of the arguments may be a plain number
+        mixed = [tensors[j] if j == i else arguments[j] for j in range(len(arguments))]
+        result = torch.as_tensor(function(*mixed), dtype=torch.float64).expand(2)
+        assert result.tolist() == pytest.approx([expected] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0])
+def test_log_mixture_at_every_weight_and_at_masked_tokens(weight: float) -> None:
+    l, r = grid()
+    expected = torch.log(weight * l.exp() + (1 - weight) * r.exp())
+    shift = torch.maximum(l, r).clamp_min(-1e3)  # the sum of exponentials underflows far from zero
+    scaled = torch.log(weight * (l - shift).exp() + (1 - weight) * (r - shift).exp()) + shift
+    result = log_mixture(l, r, weight)
+    torch.testing.assert_close(result, torch.where(torch.isinf(expected), scaled, expected), rtol=1e-12, atol=1e-12)
+
+
+def test_phi_keeps_its_digits_near_zero() -> None:
+    x = torch.tensor([1e-8, -1e-8, 1e-3, -0.499, 0.499], dtype=torch.float64)
+    terms = functools.reduce(
+        lambda total, k: total + x**k / float(math.factorial(k)), range(30, 1, -1), torch.zeros(5).double()
+    )
+    torch.testing.assert_close(phi_series(x), terms, rtol=1e-15, atol=0)
+    torch.testing.assert_close(phi_series(x.float()).double(), terms, rtol=1e-6, atol=0)
+
+
+# --- What is refused ---
+
+
+def defined(value: Callable[[Any, Any], Any]) -> Divergence:
+    @dataclasses.dataclass(frozen=True)
+    class Defined(Divergence):
+        parameter: float = 0.5
+
+        def value(self, l: Value, r: Value) -> Value:
+            return value(l, r)
+
+        def slope(self, l: Value, r: Value) -> Value:
+            return -exp(r)
+
+    return Defined()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (lambda l, r: exp(l) if l < r else exp(r), TypeError, "where"),
+        (lambda l, r: max(l, r), TypeError, "maximum"),
+        (lambda l, r: l**3, TypeError, r"squares.*exp\(y \* log\(x\)\)"),
+        (lambda l, r: l**0.5, TypeError, "squares"),
+        (lambda l, r: "nats", TypeError, r"Defined\.value returned str"),
+        (lambda l, r: None, TypeError, r"Defined\.value returned NoneType"),
+        (lambda l, r: l + INFINITY, ValueError, r"constant inf.*weighted\(\) or where\(\)"),
+        (lambda l, r: where(l < r, math.nan, l), ValueError, "constant nan"),
+        (lambda l, r: torch.exp(l), TypeError, "Scalar"),
+        (lambda l, r: math.exp(l), TypeError, "Scalar"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        trace(defined(value))
+
+
+def test_an_ordinary_comparison_for_equality_is_recorded_like_equal() -> None:
+    # `l == r` on recorded values would otherwise be a silent False.
+    for value in (lambda l, r: where(l == r, 1.0, 2.0), lambda l, r: where(equal(l, r), 1.0, 2.0)):
+        program = trace(defined(value))
+        assert run_python(program, [0.5], -1.0, -1.0)[0] == 1.0
+        assert run_python(program, [0.5], -1.0, -2.0)[0] == 2.0
+    with pytest.raises(TypeError):
+        trace(defined(lambda l, r: where(l != r, 1.0, 2.0)))
+
+
+def test_recorders_share_nodes_by_operation_and_arguments() -> None:
+    recorder = Recorder()
+    a, b = recorder.leaf("input", "l"), recorder.leaf("input", "r")
+    assert a + b is a + b
+    assert (a + b) is not (b + a)
+    assert a + 1 is a + 1.0
+    assert -a is -a
+    assert (a > b) is (b < a)
+    assert a**2 is a * a
+    assert (1.0 - a).op == "sub"
+    assert (2.0 / a).args[1] is a
+
+
+# --- A user's own divergence, end to end ---
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredHellinger(Divergence):
+    """1/2 sum (sqrt p - sqrt q)^2, times ``gain``."""
+
+    gain: float = 1.0
+
+    def value(self, l: Value, r: Value) -> Value:
+        return 0.5 * self.gain * (exp(0.5 * l) - exp(0.5 * r)) ** 2
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return -0.5 * self.gain * exp(0.5 * (l + r))
+
+
+def hellinger(case: Any, gain: float, temperature: float) -> Solution:
+    weight = case.student_head.weight.double().requires_grad_()
+    hidden = case.student_hidden.double().requires_grad_()
+    l = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    r = torch.log_softmax(case.teacher_hidden.double() @ case.teacher_head.weight.double().T / temperature, -1)
+    d = (0.5 * gain * ((0.5 * l).exp() - (0.5 * r).exp()) ** 2).sum(-1).mean()
+    (temperature**2 * d).backward()
+    entropy = -(l.exp() * l).sum(-1).mean().detach()
+    return Solution(temperature**2 * d.detach(), d.detach(), None, entropy, hidden.grad, weight.grad, None)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.25])
+def test_a_users_own_divergence_works_end_to_end(engine: Any, gain: float) -> None:
+    case = make_case(12, 257)
+    result = solve(engine, case, labels=False, divergence=SquaredHellinger(gain), temperature=2.0)
+    errors = result.errors(hellinger(case, gain, 2.0))
+    assert max(errors.values()) <= 3e-6, errors
+    half_alpha = solve(engine, case, labels=False, divergence="alpha", temperature=2.0)  # alpha at 1/2 is four times it
+    assert float(result.loss) == pytest.approx(gain / 4 * float(half_alpha.loss), rel=1e-5)
+
+
+# Names that the kernels use themselves, or that C does not allow.
+NAMES = ("w", "scale", "c", "q", "p", "z", "D", "V", "param", "t3", "l", "r", "int", "f_exp", "label", "exp")
+
+
+def test_fields_may_have_any_name(engine: Any) -> None:
+    def value(self: Any, l: Value, r: Value) -> Value:
+        return sum(getattr(self, name) for name in NAMES) * kl_term(exp(r), r, exp(l), l)
+
+    def slope(self: Any, l: Value, r: Value) -> Value:
+        return sum(getattr(self, name) for name in NAMES) * -exp(r)
+
+    kind = dataclasses.make_dataclass(
+        "Named",
+        [(name, float, float(2**i)) for i, name in enumerate(NAMES)],
+        bases=(Divergence,),
+        namespace={"value": value, "slope": slope},
+        frozen=True,
+    )
+    case = make_case(6, 67)
+    result, plain = solve(engine, case, divergence=kind()), solve(engine, case)
+    total = 2 ** len(NAMES) - 1
+    assert float(result.loss) == pytest.approx(total * float(plain.loss), rel=1e-5)
+    torch.testing.assert_close(result.weight, total * plain.weight, rtol=1e-4, atol=1e-2)
+
+
+def test_the_module_offers_what_its_text_names() -> None:
+    for name in re.findall(r":func:`(\w+)`", scalar.__doc__ or ""):
+        assert callable(getattr(scalar, name))
