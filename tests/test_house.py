@@ -109,8 +109,8 @@ def test_importing_pocl_loads_nothing_heavier_than_torch() -> None:
 
 def test_importing_pocl_costs_at_most_300_ms_above_torch() -> None:
     code = "import torch, time; start = time.perf_counter(); import pocl; print(time.perf_counter() - start)"
-    # the least of three: the bound is on our imports, not on what else the machine is doing
-    assert min(float(run_python(code)) for _ in range(3)) <= 0.3
+    # one of three is enough: the bound is on our imports, not on what else the machine is doing
+    assert any(float(run_python(code)) <= 0.3 for _ in range(3))
 
 
 @pytest.mark.parametrize("module", PUBLIC_NAMES)
