@@ -84,7 +84,7 @@ def fused_linear_divergence(
     divergence = get_divergence(divergence)
     vocab_size = _check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
     _check_numbers(temperature, ce_weight, labels)
-    workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    workspace_mb, mode = _check_choices(reduction, memory, workspace_mb), _memory_mode(reduction, memory)
     _check_backend(backend, student_hidden.device)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
     flat_labels = _flat_labels(labels, student_hidden, ignore_index, vocab_size)
@@ -103,13 +103,13 @@ def fused_linear_divergence(
         d, ce, entropy, dh, dw, db, state = operators.linear_divergence(
             h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
             factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted, backend,
-            group_name, "fast" if now else "low", state,
+            group_name, mode, state,
         )  # fmt: skip
         # A part without weight must not enter: 0 * inf is not 0.
         loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
         return Result(loss, (d, ce, entropy), (dh, dw, db), state)
 
-    now = memory != "low" and reduction != "none"
+    now = mode == "fast" and torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
         loss, d, ce, entropy = FusedLoss.apply(
             hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none"
@@ -142,7 +142,7 @@ def fused_linear_cross_entropy(
     head = _gathered(as_head(head))
     _check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
-    workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    workspace_mb, mode = _check_choices(reduction, memory, workspace_mb), _memory_mode(reduction, memory)
     _check_backend(backend, hidden.device)
     flat_labels = _flat_labels(labels, hidden, ignore_index, head.vocab_size)
     assert flat_labels is not None
@@ -151,11 +151,11 @@ def fused_linear_cross_entropy(
     def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None) -> Result:
         ce, dh, dw, db, state = operators.linear_cross_entropy(
             h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend,
-            "fast" if now else "low", state,
+            mode, state,
         )  # fmt: skip
         return Result(ce, (), (dh, dw, db), state)
 
-    now = memory != "low" and reduction != "none"
+    now = mode == "fast" and torch.is_grad_enabled()
     flat = hidden.reshape(-1, hidden.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
         (loss,) = FusedLoss.apply(flat, head.weight, head.bias, row_scale, run, now, reduction != "none")
@@ -254,6 +254,11 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
     if not workspace_mb > 0:
         raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
     return float(workspace_mb)
+
+
+def _memory_mode(reduction: str, memory: str) -> str:
+    """The mode that "auto" stands for: gradients of single tokens must wait for the upstream gradient."""
+    return "low" if memory == "low" or (reduction == "none" and torch.is_grad_enabled()) else "fast"
 
 
 def _check_backend(backend: str, device: torch.device) -> None:
