@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before the first kernel is imported, which
-# nothing does by now.
+# Without a GPU, Triton kernels run in Triton's interpreter. It must be chosen before the first kernel is imported, and
+# none is by now.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
