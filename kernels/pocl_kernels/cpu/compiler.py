@@ -87,19 +87,19 @@ def load(source: str, function: str) -> Callable[..., None] | None:
     text = (SOURCES / "prelude.h").read_text() + source
     key = hashlib.sha256("\0".join((text, *FLAGS, command, _machine())).encode()).hexdigest()[:24]
     library = cache_folder() / f"{function}-{key}.so"
-    if not library.exists():
-        try:
+    try:
+        if not library.exists():
             _compile(command, text, library)
-        except (subprocess.CalledProcessError, OSError) as error:
-            detail = getattr(error, "stderr", "") or str(error)
-            warnings.warn(
-                f"{command} could not compile the CPU kernels, so the slower eager path serves "
-                f"(POCL_CPU_COMPILER=none silences this): {detail[-500:]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
-    result = getattr(ctypes.CDLL(str(library)), function)
+        result = getattr(ctypes.CDLL(str(library)), function)
+    except (subprocess.SubprocessError, OSError) as error:  # no working compiler, no space, no right to run from here
+        detail = getattr(error, "stderr", "") or str(error)
+        warnings.warn(
+            f"{command} could not compile the CPU kernels, so the slower eager path serves "
+            f"(POCL_CPU_COMPILER=none silences this): {detail[-500:]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     result.restype = None
     return result
 
