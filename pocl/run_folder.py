@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -166,6 +167,7 @@ class RunFolder:
             "state": "finished",
             "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
             "seconds": round(record["seconds"] + seconds, 1),
+            "peak_memory_mb": peak_memory_mb(),
             "files": {name: size for output in outputs for name, size in self._sizes(output)},
             "summary": dict(summary),
         }
@@ -187,6 +189,16 @@ class RunFolder:
     def _save(self, step: str, record: dict[str, Any]) -> None:
         self._manifest["steps"][step] = record
         write_text(self.path / MANIFEST, json.dumps(self._manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def peak_memory_mb() -> int | None:
+    """Largest memory of this process so far, in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6)
 
 
 def _remove(path: Path) -> None:

@@ -207,12 +207,16 @@ class TrainingSection(Section):
     """Forward passes for one optimizer step."""
     weight_decay: NonNegativeFloat = 0.01
     """AdamW's."""
+    adam_beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    """AdamW's memory for squared gradients; 0.95 suits runs of a few hundred steps."""
     max_grad_norm: PositiveFloat = 1.0
     """Longer gradients are scaled down to this norm."""
     min_learning_rate_ratio: Fraction = 1e-3
     """Where the cosine ends, as a fraction of its peak."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of forward and backward; the 16-bit ones need a GPU."""
+    group_by_length: bool = False
+    """Batches of samples of like length: less padding, an order that is less random."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     metric: Literal["rouge_l", "loss"] = "rouge_l"

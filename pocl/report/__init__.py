@@ -207,13 +207,18 @@ def _work(run: Run, folder: Path, document: Document) -> None:
     from pocl.pipeline.engine import duration
 
     rows = [
-        [name, duration(record["seconds"]), str(record["summary"].get("note", ""))]
+        [
+            name,
+            duration(record["seconds"]),
+            "-" if record.get("peak_memory_mb") is None else f"{record['peak_memory_mb'] / 1000:.1f} GB",
+            str(record["summary"].get("note", "")),
+        ]
         for name, record in run.steps.items()
         if record.get("state") == "finished" and name != "report"
     ]
     document.add(
         Heading("What was done"),
-        Table(["step", "time", "outcome"], rows, numbers=frozenset({1})),
+        Table(["step", "time", "peak memory so far", "outcome"], rows, numbers=frozenset({1, 2})),
         Heading("Recipe"),
         Code((run.path / "recipe.yaml").read_text(encoding="utf-8")),
     )

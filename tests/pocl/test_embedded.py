@@ -66,7 +66,7 @@ def test_pairs_are_clean_distinct_and_many() -> None:
     rows = embedded.question_answer_pairs()
     assert 900 < len(rows) < 1300
     assert all(row["prompt"].strip() == row["prompt"] != "" for row in rows)
-    assert all(0 < len(row["completion"].split()) <= 40 for row in rows)
+    assert all(0 < len(row["completion"].split()) <= 25 for row in rows)
     assert len({(normalized(row["prompt"]), normalized(row["completion"])) for row in rows}) == len(rows)
     assert {"science", "trivia", "tech_support"} <= {row["topic"] for row in rows}
     assert embedded.question_answer_pairs() == rows
