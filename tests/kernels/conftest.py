@@ -60,6 +60,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
             assert function is not None, "the kernel did not compile, so that the eager path would be tested instead"
             return function
 
+        load.cache_info = native.cache_info  # type: ignore[attr-defined]
         monkeypatch.setattr(compiler, "load", load)
     else:
         monkeypatch.setattr(compiler, "load", lambda *_: None)
