@@ -112,7 +112,8 @@ def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | No
         z = z + bias
     if scale != 1.0:
         z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    # z - z is NaN where z is infinite: a cap must not make a broken logit look sound.
+    return z if softcap is None else softcap * torch.tanh(z / softcap) + (z - z)
 
 
 def _through_transform(gradient: Tensor, z: Tensor, scale: float, softcap: float | None) -> None:
