@@ -117,8 +117,14 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
         max_new_tokens=section.max_new_tokens, no_repeat_ngram_size=section.no_repeat_ngram_size
     )
     student = context.load_student(context.warm_student_source())
-    scores = score(student, context.tokenizer(), examples, generation=settings, **context.text_options())
-    write_parquet(scores, context.path / "ranking" / "scores.parquet")
+    scores = score(
+        student,
+        context.tokenizer(),
+        examples,
+        output_dir=context.path / "ranking",
+        generation=settings,
+        **context.text_options(),
+    )
     num_stages = context.recipe.curriculum.num_stages
     ranked = rank(scores, k=section.k, num_subsets=num_stages, partition=section.partition)
     # `response` is the reference in a data set that other trainers read: the student's answer gets a name of its own
