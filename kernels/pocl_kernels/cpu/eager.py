@@ -55,7 +55,7 @@ def divergence_rows(
             gradient = (slope - q * sums[:, 3:]) * plan.slope_coefficient
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
-            gradient.scatter_add_(-1, index, torch.where(inside, -plan.ce_weight, 0.0)[:, None].to(gradient.dtype))
+            gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))
         gradient *= row_scale[part, None]
         _through_transform(gradient, z, plan.student_scale, plan.student_softcap)
         zs[part] = gradient
