@@ -151,6 +151,28 @@ def test_a_token_masked_on_both_sides_is_as_if_it_were_cut(engine: Any, name: st
     assert_close(dataclasses.replace(result, weight=result.weight[:256]), solve(engine, cut, **call), 2e-6)
 
 
+def test_a_whole_block_of_masked_tokens_before_very_low_logits(engine: Any) -> None:
+    # Nothing finite has been seen when the first two thousand entries are done, and what follows is far below zero.
+    case = make_case(6, 2500)
+    bias = torch.full((2500,), -300.0)
+    bias[:2048] = -math.inf
+    case = case.replace(
+        student_head=Head(case.student_head.weight, bias),
+        teacher_head=Head(case.teacher_head.weight, bias),
+        labels=torch.full((6,), 2400),
+    )
+    rest = case.replace(
+        student_head=Head(case.student_head.weight[2048:]),
+        teacher_head=Head(case.teacher_head.weight[2048:]),
+        labels=case.labels - 2048,
+    )
+    call = dict(divergence="jsd", ce_weight=0.3, temperature=2.0, wanted=("hidden", "weight"))
+    result = solve(engine, case, **call)
+    assert float(result.weight[:2048].abs().max()) == 0.0
+    # Logits near -300 are spaced by 3e-5.
+    assert_close(dataclasses.replace(result, weight=result.weight[2048:]), oracle(rest, **call), 1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_token_masked_on_one_side(engine: Any, side: str, name: str) -> None:

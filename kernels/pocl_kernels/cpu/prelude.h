@@ -92,7 +92,7 @@ INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float
         const float by = m == -INFINITY ? 0.0f : m;  /* so far only masked logits */
         float s = 0.0f;
         if (e) {
-            shift[b / BLOCK] = by;
+            shift[b / BLOCK] = m;  /* not `by`: e^(0 - max) overflows where the rest is far below zero */
 #pragma omp simd reduction(+ : s)
             for (int64_t j = b; j < end; j++) {
                 const float x = f_exp(z[j] * inv_T - by);
