@@ -74,6 +74,9 @@ docs: $(SETUP)  ## write the generated parts of the documentation
 bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(ARGS)
 
+aot: $(SETUP)  ## compile the GPU kernels for every target, no GPU needed, and check what became of them
+	PYTHONPATH=kernels $(PY) -m pocl_kernels.triton_backend.aot $(ARGS)
+
 test-gpu: $(SETUP)  ## run the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
 
