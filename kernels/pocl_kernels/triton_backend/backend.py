@@ -17,7 +17,7 @@ from torch import Tensor
 from pocl_kernels.cpu import eager
 from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import Gradients, Plan, Rows
-from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows, low, steps
+from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows, launch, low, steps
 from pocl_kernels.triton_backend.chunks import Chunks, chunk_rows, on_device, scaled_weights
 from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
 from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
@@ -158,7 +158,7 @@ def _divergence(
         tile.student, tile.teacher, gradient, tile.bias_s, tile.bias_t, labels, row_scale, results, V,
         tile.student.stride(0) // ROW_ALIGNMENT, *task.transforms, task.slope_coefficient, task.ce_weight,
         term.uniforms, term=term.function, SLOPE_SUM=slope_sum(task.divergence), BLOCK=divergence_rows.BLOCK,
-        num_warps=divergence_rows.WARPS,
+        **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -173,5 +173,5 @@ def _cross_entropy(
         return
     cross_entropy_rows.cross_entropy_rows[(n,)](
         tile.student, gradient, tile.bias_s, labels, row_scale, results, V, tile.student.stride(0) // ROW_ALIGNMENT,
-        scale, softcap, BLOCK=cross_entropy_rows.BLOCK, num_warps=cross_entropy_rows.WARPS,
+        scale, softcap, BLOCK=cross_entropy_rows.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip

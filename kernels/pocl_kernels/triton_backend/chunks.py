@@ -27,7 +27,7 @@ class Chunks:
         if labels is not None:
             index = torch.nonzero(labels != ignore_index).squeeze(-1)
             self._index = index if len(index) < rows else None
-        self.labels = None if labels is None else self.gather(labels)
+        self.labels = None if labels is None else self.gather(labels).contiguous()
         self.count = rows if self._index is None else len(self._index)
 
     def of(self, size: int) -> Iterator[tuple[Rows, slice]]:
@@ -77,7 +77,7 @@ def tile_shape(rows: int, projections: Sequence[Projection], workspace_mb: float
     Every tile adds to the hidden states' gradient once for its columns and to the weight's once for its rows, so that
     the traffic beside the GEMMs is in proportion to 1 / rows + 1 / columns.
     """
-    V = min(p.V for p in projections)
+    V, rows = min(p.V for p in projections), max(1, rows)
     free = int(workspace_mb * 2**20) - sum(p.bytes_fixed for p in projections)
     per_row, per_entry = sum(p.bytes_per_row for p in projections), sum(p.bytes_per_entry for p in projections)
     best, traffic = (min(rows, WHOLE_TILES), min(V, WHOLE_TILES)), float("inf")

@@ -14,7 +14,6 @@ from pocl_kernels.triton_backend.cost import Cost
 from pocl_kernels.triton_backend.device import add_exp, jacobian, join_exp, load_logit, load_logits
 
 BLOCK = 4096  # half the state of two models: 16 entries a thread
-WARPS = 8
 
 
 @triton.jit(do_not_specialize=["V", "stride16"])

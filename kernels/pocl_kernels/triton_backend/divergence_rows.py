@@ -18,9 +18,7 @@ import triton.language as tl
 from pocl_kernels.triton_backend.cost import Cost
 from pocl_kernels.triton_backend.device import add_exp, join_exp, load_logit, load_logits, projection_gradient
 
-# 8 entries a thread: two 128-bit loads of each float32 row in flight, one of a 16-bit row.
 BLOCK = 2048
-WARPS = 8
 
 
 @triton.jit(do_not_specialize=["V", "stride16"])
@@ -53,13 +51,6 @@ def divergence_rows(
     teacher += row * stride16 * 16
     w = tl.load(row_scale + row).to(tl.float32)
 
-    # The label's logit first: below it may already be overwritten by a faster warp.
-    label = 0
-    z_label = 0.0
-    if labels is not None:
-        label = tl.load(labels + row).to(tl.int32)
-        z_label = load_logit(student, bias_s, label, scale_s, softcap_s)
-
     # Pass 1: normalisers.
     m_s = tl.full([BLOCK], -float("inf"), tl.float32)
     m_t = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -76,11 +67,19 @@ def divergence_rows(
             S_1 = add_exp(m_s, S_1, zs, 1.0)
         m_s = tl.maximum(m_s, zs)
         m_t = tl.maximum(m_t, zt)
+    # The label's logit is read before the sums are joined, where all warps wait for each other: soon after, a faster
+    # one may overwrite it with its gradient.
+    label = 0
+    z_label = 0.0
+    if labels is not None:
+        label = tl.load(labels + row).to(tl.int32)
+        z_label = load_logit(student, bias_s, label, scale_s, softcap_s)
     max_s, log_s = join_exp(m_s, S_s, inv_T)
     max_t, log_t = join_exp(m_t, S_t, inv_T)
     log_1 = 0.0
     if labels is not None:
-        _, log_1 = join_exp(m_s, S_1, 1.0)
+        log_1 = join_exp(m_s, S_1, 1.0)[1]
+    tl.store(results + row * 3 + 1, (max_s - z_label) + log_1 if labels is not None else 0.0)
 
     # Pass 2: D, c and the entropy; the gradient too where it need not wait for c.
     D = tl.zeros([BLOCK], tl.float32)
@@ -107,7 +106,6 @@ def divergence_rows(
             g = tl.where(inside, g, 0.0).to(gradient.dtype.element_ty)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
     tl.store(results + row * 3, tl.sum(D, 0))
-    tl.store(results + row * 3 + 1, (max_s - z_label) + log_1 if labels is not None else 0.0)
     tl.store(results + row * 3 + 2, tl.sum(H, 0))
 
     # Pass 3: the gradient.
@@ -119,7 +117,7 @@ def divergence_rows(
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             l = (zs - max_s) * inv_T - log_s
             r = (zt - max_t) * inv_T - log_t
-            _, slope = term(l, r, uniforms)
+            slope = term(l, r, uniforms)[1]
             l_1 = (zs - max_s) - log_1 if labels is not None else None
             g = projection_gradient(
                 zs, tl.exp(l), slope, c, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.plan import Gradients, Plan
-from pocl_kernels.triton_backend import tile_gradient, tile_statistics, tile_values, tiles_eager
+from pocl_kernels.triton_backend import launch, tile_gradient, tile_statistics, tile_values, tiles_eager
 from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
 from pocl_kernels.triton_backend.terms import term_of
 
@@ -90,7 +90,7 @@ def statistics(tile: Tile, labels: Tensor | None, offset: int, task: Task, kl: b
     n = sums.shape[1]
     tile_statistics.tile_statistics[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, labels, sums, *_shape(tile), n, first, *task.transforms,
-        KL=kl, BLOCK=tile_statistics.BLOCK, num_warps=tile_statistics.WARPS,
+        KL=kl, BLOCK=tile_statistics.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def values(tile: Tile, state: Tensor, task: Task, sums: Tensor) -> None:
     term, n = term_of(task.divergence), sums.shape[1]
     tile_values.tile_values[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, state, sums, *_shape(tile), n, *task.transforms,
-        term.uniforms, term=term.function, BLOCK=tile_values.BLOCK, num_warps=tile_values.WARPS,
+        term.uniforms, term=term.function, BLOCK=tile_values.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def gradient(
     tile_gradient.tile_gradient[(n,)](
         tile.student, tile.teacher, out, tile.bias_s, tile.bias_t, labels, row_scale, state, *_shape(tile), n, first,
         *task.transforms, task.slope_coefficient, task.ce_weight, uniforms,
-        term=function, BLOCK=tile_gradient.BLOCK, num_warps=tile_gradient.WARPS,
+        term=function, BLOCK=tile_gradient.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from pocl_kernels.triton_backend.device import jacobian, load_logits, projection
 from pocl_kernels.triton_backend.state import LOG_1, LOG_S, LOG_T, MAX_S, MAX_T, SLOPE_SUM
 
 BLOCK = 2048
-WARPS = 8
 
 
 @triton.jit(do_not_specialize=["V", "stride16", "n", "first"])
@@ -54,6 +53,16 @@ def tile_gradient(
     label = -1
     if labels is not None:
         label = tl.load(labels + row).to(tl.int32) - first
+    max_t = 0.0
+    log_s = 0.0
+    log_t = 0.0
+    c = 0.0
+    if teacher is not None:
+        teacher += row * stride16 * 16
+        log_s = tl.load(state + LOG_S * step)
+        log_t = tl.load(state + LOG_T * step)
+        max_t = tl.load(state + MAX_T * step)
+        c = tl.load(state + SLOPE_SUM * step)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
@@ -61,12 +70,11 @@ def tile_gradient(
             g = ce_weight * (tl.exp((zs - max_s) - log_1) - tl.where(cols == label, 1.0, 0.0))
             g = w * jacobian(zs, scale_s, softcap_s) * g
         else:
-            zt = load_logits(teacher + row * stride16 * 16, bias_t, cols, V, width, scale_t, softcap_t)
-            l = (zs - max_s) * inv_T - tl.load(state + LOG_S * step)
-            r = (zt - tl.load(state + MAX_T * step)) * inv_T - tl.load(state + LOG_T * step)
-            _, slope = term(l, r, uniforms)
+            zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
+            l = (zs - max_s) * inv_T - log_s
+            r = (zt - max_t) * inv_T - log_t
+            slope = term(l, r, uniforms)[1]
             l_1 = (zs - max_s) - log_1 if labels is not None else None
-            c = tl.load(state + SLOPE_SUM * step)
             g = projection_gradient(
                 zs, tl.exp(l), slope, c, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
             )

@@ -15,7 +15,6 @@ from pocl_kernels.triton_backend.device import load_logits
 from pocl_kernels.triton_backend.state import LOG_S, LOG_T, MAX_S, MAX_T, SLOPE, VALUE
 
 BLOCK = 2048
-WARPS = 8
 
 
 @triton.jit(do_not_specialize=["V", "stride16", "n"])
