@@ -51,10 +51,10 @@ PUBLIC_NAMES = {
     "pocl.curriculum": ["Stage", "Curriculum"],
     "pocl.teacher": ["Teacher", "OnlineTeacher", "HiddenStateCache"],
     "pocl.trainer": ["POCLConfig", "POCLTrainer"],
-    "pocl.integrations.trl": [],
+    "pocl.integrations.trl": ["CurriculumCallback", "in_stages"],
     "pocl.evaluate": ["evaluate", "EvaluationResult"],
-    "pocl.report": [],
-    "pocl.recipe": [],
+    "pocl.report": ["write_report"],
+    "pocl.recipe": ["Recipe", "load_recipe"],
     "pocl.cli": ["main"],
 }
 
