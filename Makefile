@@ -28,7 +28,7 @@ FRESH := yes
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format docs bench aot test-gpu bench-gpu clean
+.PHONY: help setup quickstart test check format docs bench mutations aot test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ docs: $(SETUP)  ## write the generated parts of the documentation
 
 bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(ARGS)
+
+mutations: $(SETUP)  ## break the kernels in many ways and show that the tests notice each (minutes)
+	$(PY) benchmarks/mutations.py $(ARGS)
 
 aot: $(SETUP)  ## compile the GPU kernels for every target, no GPU needed, and check what became of them
 	PYTHONPATH=kernels $(PY) -m pocl_kernels.triton_backend.aot $(ARGS)

@@ -1,0 +1,252 @@
+"""Breaks the CPU kernels in many ways, one at a time, and shows that the tests notice each.
+
+Every mutation replaces one piece of text in a copy of the kernels and runs the tests that ought to fail, in a process
+of its own. A mutation is *caught* if a test fails, *survives* if all pass, and is *stale* if its text is gone or the
+broken kernel does not even compile. Run as ``make mutations`` or::
+
+    python benchmarks/mutations.py [-j JOBS] [-k WORD]
+
+Exits with 1 unless every mutation is caught. Takes about five seconds of one core for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = "kernels/pocl_kernels"
+
+# Selections of tests, `file[:expression]`, each narrow enough for a second or two.
+FKL = "exactness:unrelated_models_in_float32 and compiled-fast-fkl"
+SKEW = "exactness:unrelated_models_in_float32 and compiled-fast-skew_rkl"
+UNRELATED = "exactness:unrelated_models_in_float32 and eager-fast-"
+EAGER = UNRELATED + "fkl"
+HEADS = "exactness:form_of_head and compiled-fast-fkl"
+EAGER_HEADS = "exactness:form_of_head and eager-fast-fkl"
+ORACLE = "reference"
+
+
+class Mutation(NamedTuple):
+    """One way to break the kernels: in ``file``, ``old`` becomes ``new``; ``tests`` must notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ROWS, PRELUDE, CE_ROWS = "cpu/divergence_rows.c", "cpu/prelude.h", "cpu/cross_entropy_rows.c"
+MUTATIONS = (
+    # Compiled rows
+    Mutation("sign of the softmax's Jacobian", ROWS, "zt[j] - wAc * zs[j]", "zt[j] + wAc * zs[j]", FKL),
+    Mutation("label not subtracted", ROWS, "zs[label] -= wB * jacobian_label", "zs[label] -= 0.0f", FKL),
+    Mutation("teacher not tempered", ROWS, "(zt[j] * inv_T - R.max)", "(zt[j] - R.max)", FKL),
+    Mutation("wrong normaliser for the teacher", ROWS, "- R.max) - R.log_sum;", "- R.max) - S.log_sum;", FKL),
+    Mutation("entropy's sign", ROWS, "h -= q", "h += q", FKL),
+    Mutation("cross-entropy tempered", ROWS, "(S1.max - z_label) + S1.log_sum", "(S.max - z_label) + S.log_sum", FKL),
+    Mutation("cross-entropy's gradient tempered", ROWS, "tempered ? f_exp((z - S1.max)", "0 ? f_exp((z - S1.max)", FKL),
+    Mutation("only the last block's slope", ROWS, "c += (double)cb;", "c = (double)cb;", FKL),
+    Mutation("weight of a token not on its label", ROWS, "wB = w * B", "wB = B", FKL),
+    Mutation("softcap not in the gradient", ROWS, "scale * (1.0f - zc * zc)", "scale", HEADS),
+    Mutation("softcap not in the label's gradient", ROWS, "if (with_ce && softcap > 0.0f)", "if (0)", HEADS),
+    Mutation("scale not in the gradient", ROWS, "scale * (1.0f - zc * zc)", "1.0f - zc * zc", HEADS),
+    Mutation("0 x -inf under no softcap", ROWS, "softcap > 0.0f ? z * inv_softcap : 0.0f", "z * inv_softcap",
+             "inputs:masked_on_both_sides and compiled-fast"),
+    Mutation("0 x inf without weight", ROWS, "wA == 0.0f ? 0.0f : wA * slope", "wA * slope",
+             "inputs:infinite_divergence_without_weight and compiled-fast"),
+    Mutation("no shift by the maximum", PRELUDE, "m == -INFINITY ? 0.0f : m;", "0.0f;",
+             "exactness:peaked and compiled-fast-fkl"),
+    Mutation("sum not rescaled to a new maximum", PRELUDE, "S *= exp((double)m - (double)bm);", "", FKL),
+    Mutation("maximum not tempered", PRELUDE, "bm *= inv_T;", "", FKL),
+    Mutation("off by one at the end of the vocabulary", PRELUDE,
+             "end = b + BLOCK < V ? b + BLOCK : V;", "end = b + BLOCK < V ? b + BLOCK : V - 1;", FKL),
+    Mutation("bias left out", PRELUDE, "z[j] += bias[j]", "z[j] += 0.0f", FKL),
+    Mutation("scale after the softcap", PRELUDE, "softcap * f_tanh(z[j] * inverse)",
+             "scale * softcap * f_tanh(z[j] * inverse / scale)", HEADS),
+    Mutation("softcap ignored", PRELUDE, "if (softcap > 0.0f) {", "if (0) {", HEADS),
+    Mutation("a block of masked tokens overflows", PRELUDE, "shift[b / BLOCK] = m;", "shift[b / BLOCK] = by;",
+             "inputs:whole_block and compiled-fast"),
+    Mutation("exponential that does not underflow", PRELUDE, "y = x < -87.3f ? 0.0f : y;", "",
+             "inputs:masked_on_both_sides and compiled-fast-fkl"),
+    Mutation("cross-entropy rows: label added", CE_ROWS, "x[labels[i]] -= ws", "x[labels[i]] += ws",
+             "exactness:cross_entropy_alone and compiled-fast"),
+    Mutation("cross-entropy rows: softcap not in the gradient", CE_ROWS, "ws * (1.0f - xc * xc) *", "ws *",
+             "exactness:cross_entropy_alone and compiled-fast"),
+    # Eager rows
+    Mutation("eager: student not tempered", "cpu/eager.py", "_log_softmax(z / plan.temperature", "_log_softmax(z",
+             EAGER),
+    Mutation("eager: mean slope without q", "cpu/eager.py", "slope - q * sums[:, 3:]", "slope - sums[:, 3:]", EAGER),
+    Mutation("eager: label's share in float32", "cpu/eager.py", "-plan.ce_weight * inside[:, None].to(gradient.dtype)",
+             "torch.where(inside, -plan.ce_weight, 0.0)[:, None].to(gradient.dtype)",
+             "exactness:unrelated_models_in_float64 and fkl"),
+    Mutation("eager: weight of a token left out", "cpu/eager.py",
+             "gradient *= row_scale[part, None]\n        _through_transform(gradient, z, plan",
+             "_through_transform(gradient, z, plan", EAGER),
+    Mutation("eager: softcap's slope to first order", "cpu/eager.py", "(z / softcap) ** 2", "(z / softcap).abs()",
+             EAGER_HEADS),
+    Mutation("eager: entropy's sign", "cpu/eager.py", "-weighted(q, l)", "weighted(q, l)", EAGER),
+    Mutation("eager: infinite slope without weight", "cpu/eager.py", "if plan.slope_coefficient == 0:", "if False:",
+             "inputs:infinite_divergence_without_weight and eager-fast"),
+    Mutation("a softcap hides what is broken", "cpu/eager.py", " + (z - z)", "", "inputs:softcap and eager-fast"),
+    # Chunks, products, threads
+    Mutation("mask by sign instead of by index", "cpu/backend.py", "labels != ignore_index", "labels >= 0",
+             "laws:any_index and eager-fast"),
+    Mutation("every chunk overwrites dW", "cpu/backend.py", "        self._first = False", "        self._first = True",
+             "laws:chunk_size and eager-fast"),
+    Mutation("stale dW where nothing was valid", "cpu/backend.py", "0 if self._first else self.V :", "self.V :",
+             "inputs:without_valid_tokens and eager-fast"),
+    Mutation("db of the last chunk alone", "cpu/backend.py", "self.grad_bias[: self.V] += ",
+             "self.grad_bias[: self.V] = ",
+             "laws:chunk_size and eager-fast"),
+    Mutation("padding takes part", "cpu/backend.py", "V = min(student_weight.shape[0], teacher_weight.shape[0])",
+             "V = student_weight.shape[0]", "laws:padded_vocabulary and eager-fast-student-fkl"),
+    Mutation("a thread skips its first row", "cpu/backend.py", "ctypes.c_int64(a), ctypes.c_int64(b)",
+             "ctypes.c_int64(a + (a > 0)), ctypes.c_int64(b)", "compiler:threads_share and compiled-fast-2"),
+    # Interface and autograd
+    Mutation("T squared dropped", "api.py", "temperature**2 if scale_by", "1.0 if scale_by", EAGER),
+    Mutation("T instead of T squared", "api.py", "temperature**2 if scale_by", "temperature if scale_by", EAGER),
+    Mutation("divergence not diluted by the cross-entropy", "api.py", "(1.0 - ce_weight) * (", "1.0 * (", EAGER),
+    Mutation("mean over ignored tokens too", "api.py", "count, scale = valid.sum(), valid.to(dtype)",
+             "count, scale = torch.ones_like(labels).sum(), valid.to(dtype)", EAGER),
+    Mutation("label one beyond the vocabulary", "api.py", "(flat < vocab_size))).all()", "(flat <= vocab_size))).all()",
+             "inputs:outside_the_vocabulary or refused_by_name"),
+    Mutation("weights of ignored tokens count", "api.py", "torch.where(scale > 0, weight, scale)", "scale * weight",
+             "laws:contents_of_ignored and eager-fast"),
+    Mutation("gradients under no_grad", "api.py", 'mode == "fast" and torch.is_grad_enabled()', 'mode == "fast"',
+             "autograd:without_gradients and eager-fast"),
+    Mutation("a second backward scales again", "autograd.py", "            ctx.ready = None\n", "",
+             "autograd:second_backward and eager-fast"),
+    Mutation("upstream gradient ignored", "autograd.py", "g.mul_(upstream)", "g.mul_(1.0)",
+             "autograd:upstream and eager-fast"),
+    Mutation("upstream gradient of tokens ignored", "autograd.py", "inputs[3] * upstream", "inputs[3]",
+             "autograd:reduction_none and eager-fast"),
+    Mutation("rounded before the loss scale", "autograd.py", "result.gradients if now",
+             "tuple(g.half().float() for g in result.gradients) if now", "autograd:float16_gradients and eager-fast"),
+    # Definitions
+    Mutation("fkl: slope's sign", "divergences.py", "        return -exp(r)\n", "        return exp(r)\n", EAGER),
+    Mutation("skew_rkl: mixture's weights exchanged", "divergences.py",
+             "log_mixture(l, r, self.skew))\n\n    def slope",
+             "log_mixture(r, l, self.skew))\n\n    def slope",
+             UNRELATED + "skew_rkl"),
+    Mutation("jsd: beta on the student", "divergences.py", "log_mixture(r, l, self.beta)\n        m",
+             "log_mixture(r, l, 1.0 - self.beta)\n        m",
+             UNRELATED + "jsd"),
+    Mutation("jeffreys: half of the slope", "divergences.py", "weighted(exp(l), l - r) - exp(r)",
+             "weighted(exp(l), l - r)",
+             UNRELATED + "jeffreys"),
+    Mutation("alpha: slope over 1 - alpha", "divergences.py", "(1.0 - a) * l) / a", "(1.0 - a) * l) / (1.0 - a)",
+             UNRELATED + "alpha"),
+    Mutation("tvd: slope of a sum, not of half of it", "divergences.py", "0.5 * weighted(exp(l), sign",
+             "weighted(exp(l), sign",
+             UNRELATED + "tvd"),
+    Mutation("textbook KL, which cancels", "scalar.py", "where(absolute(x) < 0.5, near, far))", "-a * x)",
+             "exactness:nearly_equal_models_in_float32 and eager-fast-fkl"),
+    Mutation("no series near zero", "scalar.py", "where(absolute(x) < 0.5, near, far))", "far)",
+             "exactness:nearly_equal_models_in_float32 and eager-fast-fkl"),
+    Mutation("0 x inf for a masked token", "scalar.py", "where(equal(a, 0.0), 0.0, a * x)", "a * x",
+             "inputs:masked_on_both_sides and eager-fast"),
+    Mutation("slope over T squared", "plan.py", "self.divergence_factor / self.temperature",
+             "self.divergence_factor / self.temperature**2", EAGER),
+    Mutation("one library for every source", "cpu/compiler.py", '"\\0".join((text, ', '"\\0".join((',
+             "compiler:another_source"),
+    # The oracle itself
+    Mutation("oracle: beta on the student", "reference.py", "m = log_mix(r, l, beta)",
+             "m = log_mix(l, r, beta)", ORACLE),
+    Mutation("oracle: forward for reverse", "reference.py", 'if name == "rkl":\n        return kl(l, r)',
+             'if name == "rkl":\n        return kl(r, l)', ORACLE),
+    Mutation("oracle: padding as logits", "reference.py", "logits[:, :vocab_size] / temperature",
+             "logits / temperature", ORACLE),
+)  # fmt: skip
+
+
+def copy_tree(target: Path) -> None:
+    """The kernels and their tests, without the parts that no mutation touches."""
+    ignore = shutil.ignore_patterns("__pycache__", "triton", "*.so")
+    shutil.copytree(ROOT / "kernels", target / "kernels", ignore=ignore)
+    shutil.copytree(ROOT / "tests" / "kernels", target / "tests" / "kernels", ignore=ignore)
+    shutil.copy(ROOT / "tests" / "conftest.py", target / "tests")
+    shutil.copy(ROOT / "pyproject.toml", target)
+
+
+def run_tests(tree: Path, tests: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """pytest on a copied tree; ``tests`` is ``file`` or ``file:expression``."""
+    file, _, expression = tests.partition(":")
+    # Both the oracle of the copy and its kernels must be the ones that are tested, not the installed ones.
+    paths = os.pathsep.join([str(tree), str(tree / "kernels")])
+    environment = os.environ | {"PYTHONPATH": paths, "POCL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("POCL_TEST_ENGINES", None)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command += [f"tests/kernels/test_{file}.py", *(["-k", expression] if expression else [])]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def judge(mutation: Mutation, cache: Path) -> tuple[str, str]:
+    """("caught" | "survived" | "stale", the test that failed or what is wrong)."""
+    with tempfile.TemporaryDirectory(prefix="pocl-mutation-") as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        file = tree / KERNELS / mutation.file
+        text = file.read_text()
+        if mutation.old not in text:
+            return "stale", f"{mutation.old!r} is not in {mutation.file}"
+        file.write_text(text.replace(mutation.old, mutation.new))
+        result = run_tests(tree, mutation.tests, cache)
+    output = result.stdout + result.stderr
+    if "did not compile" in output:
+        return "stale", "the broken kernel does not compile"
+    if result.returncode == 0:
+        return "survived", mutation.tests
+    failed = next((line for line in output.splitlines() if line.startswith("FAILED ")), "")
+    if result.returncode != 1 or not failed:
+        return "stale", f"pytest exited with {result.returncode}: {output.strip().splitlines()[-1][:120]}"
+    return "caught", failed.split("::")[-1].split(" - ")[0]
+
+
+def sound(cache: Path) -> Iterator[str]:
+    """The selections that fail, or select nothing, on the unbroken kernels."""
+    with tempfile.TemporaryDirectory(prefix="pocl-mutation-") as folder:
+        copy_tree(Path(folder))
+        for tests in sorted({m.tests for m in MUTATIONS}):
+            result = run_tests(Path(folder), tests, cache)
+            if result.returncode:
+                yield f"{tests}: {result.stdout.strip().splitlines()[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="mutations at a time (default 1)")
+    parser.add_argument("-k", "--keyword", default="", help="only mutations whose description or file contains this")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if options.keyword in m.what or options.keyword in m.file]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="pocl-mutation-cache-") as folder:
+        cache = Path(folder)
+        broken = [] if options.keyword else list(sound(cache))
+        if broken:
+            print("These tests fail on the kernels as they are:", *broken, sep="\n  ")
+            return 1
+        counts: dict[str, int] = {}
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for mutation, (verdict, detail) in zip(chosen, pool.map(lambda m: judge(m, cache), chosen), strict=True):
+                counts[verdict] = counts.get(verdict, 0) + 1
+                print(f"{verdict:9}{mutation.file:25}{mutation.what:52}{detail}", flush=True)
+    print(
+        ", ".join(f"{n} {verdict}" for verdict, n in counts.items()),
+        f"of {len(chosen)} in {time.monotonic() - started:.0f} s",
+    )
+    return int(counts.get("caught", 0) != len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
