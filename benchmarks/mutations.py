@@ -111,8 +111,8 @@ MUTATIONS = (
              "laws:chunk_size and eager-fast"),
     Mutation("padding takes part", "cpu/backend.py", "V = min(student_weight.shape[0], teacher_weight.shape[0])",
              "V = student_weight.shape[0]", "laws:padded_vocabulary and eager-fast-student-fkl"),
-    Mutation("a thread skips its first row", "cpu/backend.py", "ctypes.c_int64(a), ctypes.c_int64(b)",
-             "ctypes.c_int64(a + (a > 0)), ctypes.c_int64(b)", "compiler:threads_share and compiled-fast-2"),
+    Mutation("a thread skips its first row", "cpu/backend.py", "ctypes.c_int64(first), ctypes.c_int64(last)",
+             "ctypes.c_int64(first + (first > 0)), ctypes.c_int64(last)", "compiler:threads_share and compiled-fast-2"),
     # Interface and autograd
     Mutation("T squared dropped", "api.py", "temperature**2 if scale_by", "1.0 if scale_by", EAGER),
     Mutation("T instead of T squared", "api.py", "temperature**2 if scale_by", "temperature if scale_by", EAGER),
