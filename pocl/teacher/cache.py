@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pocl.teacher.batches import rows_of
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import (
     DTYPES,
@@ -39,9 +40,10 @@ class HiddenStateCache:
     loaders call `rows` in their workers instead, so that reading overlaps with training.
     """
 
-    def __init__(self, store: Store, index: Mapping[str, Any]) -> None:
+    def __init__(self, store: Store, index: Mapping[str, Any], fallback: OnlineTeacher | None = None) -> None:
         self.store = store
         self.index = index
+        self.fallback = fallback
         self.head = store.read_head(index["scale"], index["softcap"])
         self.hidden_size: int = index["hidden_size"]
         self.dtype = DTYPES[index["dtype"]]
@@ -69,6 +71,7 @@ class HiddenStateCache:
         tokenizer: Any = None,
         template: str | None = None,
         dataset: Any = None,
+        fallback: OnlineTeacher | None = None,
         verify: bool = False,
     ) -> HiddenStateCache:
         """Open a finished cache.
@@ -77,6 +80,7 @@ class HiddenStateCache:
             path: folder of the cache.
             teacher, tokenizer, template, dataset: what the cache must have been built with; each is checked if given. A
                 data set must be contained in the cache.
+            fallback: asked for batches that are not in the cache, such as responses sampled while training.
             verify: read every shard and compare its checksum, not only its size.
 
         Raises:
@@ -96,10 +100,14 @@ class HiddenStateCache:
                     f"{store.shard_path(shard)} is corrupted: {fault}; HiddenStateCache.build(..., repair=True) writes "
                     "it again"
                 )
-        cache = cls(store, index)
+        cache = cls(store, index, fallback)
         if dataset is not None:
             cache.check_contains(dataset)
         return cache
+
+    def contains(self, samples: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every sample with a label is in the cache."""
+        return all(self._find(sample) is not None for sample in samples)
 
     def check_contains(self, dataset: Any) -> None:
         """Raise a ValueError unless every row of a tokenised data set is in the cache."""
@@ -135,7 +143,10 @@ class HiddenStateCache:
         """See `Teacher.hidden_states`: what a loader attached as `teacher_hidden`, or read now."""
         hidden = batch.get("teacher_hidden")
         if hidden is None:
-            hidden = self.rows(_unpadded(batch))
+            rows = rows_of(batch)
+            if self.fallback is not None and not self.contains(rows):
+                return self.fallback.hidden_states(batch)
+            hidden = self.rows(rows)
         device = batch["input_ids"].device
         if self.head.weight.device != device:
             self.to(device)
@@ -163,7 +174,8 @@ class HiddenStateCache:
         return self._handles[shard][start : start + int(self._counts[place])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        # a loader's worker opens the files itself, and runs no model
+        return {**self.__dict__, "_handles": {}, "fallback": None}
 
     # --------------------------------------------------------------------------------------------------- building
 
@@ -239,14 +251,18 @@ class AttachTeacher:
 
     Args:
         collator: takes rows, gives a batch.
-        cache: where the rows are looked up.
+        cache: where the rows are looked up; with a fallback, a batch that is not in it is left as it is.
     """
 
     def __init__(self, collator: Callable[[Any], dict[str, Any]], cache: HiddenStateCache) -> None:
         self.collator, self.cache = collator, cache
+        self.strict = cache.fallback is None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**self.collator(rows), "teacher_hidden": self.cache.rows(rows)}
+        batch = self.collator(rows)
+        if not self.strict and not self.cache.contains(rows):
+            return batch
+        return {**batch, "teacher_hidden": self.cache.rows(rows)}
 
 
 def _plan(
@@ -360,22 +376,3 @@ def _padded(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     from pocl.data import Collator
 
     return Collator(pad_token_id=0)(samples)
-
-
-def _unpadded(batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """The samples of a padded or packed batch."""
-    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-    if batch.get("position_ids") is not None:
-        starts = (batch["position_ids"].cpu().flatten() == 0).nonzero().flatten().tolist()
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], ids.numel()], strict=True)]
-        of_rows, of_labels = ids.flatten().split(lengths), labels.flatten().split(lengths)
-    else:
-        mask = batch.get("attention_mask")
-        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-        of_rows = [row[:n] for row, n in zip(ids, lengths, strict=True)]
-        of_labels = [row[:n] for row, n in zip(labels, lengths, strict=True)]
-    names = batch["sample_id"].tolist() if "sample_id" in batch else list(range(len(of_rows)))
-    return [
-        {"sample_id": name, "input_ids": row.tolist(), "labels": label.tolist()}
-        for name, row, label in zip(names, of_rows, of_labels, strict=True)
-    ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from pocl import heads
 from pocl.curriculum import Curriculum
-from pocl.teacher import OnlineTeacher, Teacher
+from pocl.teacher import HiddenStateCache, OnlineTeacher, Teacher
 from pocl.trainer.config import POCLConfig
 from pocl_kernels import Divergence
 from pocl_kernels.divergences import get_divergence
@@ -22,6 +22,7 @@ def check_setup(
     args: POCLConfig,
     curriculum: Curriculum,
     eval_dataset: Any,
+    processing_class: Any,
     kwargs: dict[str, Any],
 ) -> None:
     """Raise a ValueError that names the argument, what came, and what to do."""
@@ -52,6 +53,13 @@ def check_setup(
         raise ValueError(
             "schedule='continuous' needs a schedule that is a function of the step, not reduce_lr_on_plateau"
         )
+    if args.on_policy and isinstance(teacher, HiddenStateCache) and teacher.fallback is None:
+        raise ValueError(
+            "on_policy > 0 samples responses that no cache holds; pass HiddenStateCache.open(..., "
+            "fallback=OnlineTeacher(model)) or an OnlineTeacher"
+        )
+    if args.on_policy and processing_class is None:
+        raise ValueError("on_policy > 0 needs processing_class, the tokenizer, for its end and padding tokens")
     heads.verify_head(model)
     if teacher is None:
         if any(stage.kd_ratio > 0 for stage in curriculum.stages):

@@ -51,7 +51,23 @@ class POCLConfig(TrainingArguments):
         metadata={"help": "Multiply the divergence by the squared temperature, so gradients keep their size."},
     )
 
+    on_policy: float = field(
+        default=0.0, metadata={"help": "Share of batches whose responses are sampled from the student (GKD)."}
+    )
+    on_policy_max_new_tokens: int = field(default=128, metadata={"help": "Longest sampled response, in tokens."})
+    on_policy_temperature: float = field(default=1.0, metadata={"help": "Temperature that responses are sampled at."})
+    on_policy_replay: int = field(
+        default=0, metadata={"help": "Sampled rows each process keeps for use again within a stage; 0 keeps none."}
+    )
+
     def __post_init__(self) -> None:
+        if not 0 <= self.on_policy <= 1:
+            raise ValueError(f"on_policy must be a share of batches in [0, 1], got {self.on_policy}")
+        if not self.on_policy_temperature > 0 or self.on_policy_max_new_tokens < 1 or self.on_policy_replay < 0:
+            raise ValueError(
+                "on_policy_temperature must be > 0, on_policy_max_new_tokens >= 1 and on_policy_replay >= 0, got "
+                f"{self.on_policy_temperature}, {self.on_policy_max_new_tokens} and {self.on_policy_replay}"
+            )
         if self.num_train_epochs or self.max_steps > 0:
             raise ValueError(
                 "num_train_epochs and max_steps belong to the curriculum here, which trains every stage for its own "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ def install_fused_forward(model: nn.Module) -> None:
         inputs = {name: kwargs[name] for name in heads.MODEL_INPUTS if kwargs.get(name) is not None}
         return distillation(heads.hidden_states(self, **inputs), heads.head_of(self))
 
+    forward.__signature__ = inspect.signature(type(inner).forward)  # type: ignore[attr-defined]  # generate() reads it
     inner.forward = types.MethodType(forward, inner)
 
 

@@ -32,6 +32,7 @@ from pocl.trainer.config import POCLConfig
 from pocl.trainer.figures import Figures, FiniteLossGuard
 from pocl.trainer.fused import DistillationLossCall, install_fused_forward
 from pocl.trainer.loading import PackedCollator, label_tokens, make_loader
+from pocl.trainer.on_policy import OnPolicy
 from pocl.trainer.progress import FinishedStage, RunProgress
 from pocl.trainer.sampler import StageRows, derived_seed
 from pocl.trainer.weights import load_weights, no_saving_bars, save_weights
@@ -86,7 +87,7 @@ class POCLTrainer(Trainer):
     ) -> None:
         self.curriculum = curriculum or (Curriculum.baby_step() if subsets is not None else Curriculum.constant())
         self.divergences = divergence_of(self.curriculum, divergence)
-        check_setup(model, teacher, args, self.curriculum, eval_dataset, kwargs)
+        check_setup(model, teacher, args, self.curriculum, eval_dataset, processing_class, kwargs)
         self.teacher = teacher
         self.compute_generation_metrics = compute_generation_metrics
         self.subsets = [0] * len(train_dataset) if subsets is None else [int(subset) for subset in subsets]
@@ -108,6 +109,7 @@ class POCLTrainer(Trainer):
         self.progress = RunProgress(args.output_dir)
         self.figures, self.eval_figures = Figures(self.accelerator), Figures(self.accelerator)
         self.guard = FiniteLossGuard()
+        self.on_policy = OnPolicy.of(self) if args.on_policy else None
         self._step_offset = 0  # optimizer steps of the finished stages
         self._stage_in_memory: int | None = None  # the stage whose result the model holds
         if self.pop_callback(ProgressCallback) is not None:
@@ -175,6 +177,8 @@ class POCLTrainer(Trainer):
             self.progress.clean(stage.index)
             self.progress.cut_log(self._step_offset + (resumed.global_step if resumed else 0))
         self.accelerator.wait_for_everyone()
+        if self.on_policy is not None:
+            self.on_policy.load(checkpoint)
         if checkpoint is not None and resumed is not None and self._had_converged(resumed):
             load_weights(self.model, Path(self._best(resumed) or checkpoint))
             self.state, output = resumed, TrainOutput(resumed.global_step, 0.0, {})
@@ -298,6 +302,9 @@ class POCLTrainer(Trainer):
         with contextlib.suppress(StopIteration):
             while len(batches) < num_batches:
                 batches.append(next(epoch_iterator))
+        if self.on_policy is not None:
+            place = (self.stage.index, self.state.global_step)
+            batches = [self.on_policy.replace(self.model, batch, *place, i) for i, batch in enumerate(batches)]
         count = torch.zeros(1, dtype=torch.int64, device=device)
         for batch in batches:
             count += label_tokens(batch["labels"])
@@ -338,6 +345,8 @@ class POCLTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.guard.check()
+        if self.on_policy is not None:
+            self.on_policy.save(Path(self._get_output_dir(), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
     # ---------------------------------------------------------------------------------------- evaluation and log
