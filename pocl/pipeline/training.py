@@ -170,7 +170,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
     _remove_stages(folder)
     return {
         "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
-        "note": f"{_loss_note(folder)} Student saved in {context.path / 'student'}",
+        "note": f"Student saved in {context.path / 'student'}",
     }
 
 

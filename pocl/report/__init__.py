@@ -12,6 +12,7 @@ from pocl.report.run import MODEL_NAMES, Run
 __all__ = ["Run", "results_table", "write_report"]
 
 _SHOWN_SAMPLES = 5
+_SHOWN_ANSWERS = 8
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -191,10 +192,12 @@ def _answers(run: Run, folder: Path, document: Document) -> None:
     if not answers or not run.test:
         return
     keys = list(answers)
-    count = min(_SHOWN_SAMPLES + 1, *(len(answers[key]) for key in keys))
+    questions: Sequence[str] = run.test["prompt"]
+    count = min(len(questions), *(len(given) for given in answers.values()))
+    first_of = {question: i for i, question in reversed(list(enumerate(questions[:count])))}
     rows = [
-        [shorten(run.test["prompt"][i]), shorten(run.test["response"][i]), *(shorten(answers[key][i]) for key in keys)]
-        for i in range(count)
+        [shorten(questions[i]), shorten(run.test["response"][i]), *(shorten(answers[key][i]) for key in keys)]
+        for i in sorted(first_of.values())[:_SHOWN_ANSWERS]
     ]
     document.add(
         Heading("Answers to held-out questions"),

@@ -83,6 +83,8 @@ def draw_losses(
     path: Path,
 ) -> None:
     """Divergence from the teacher and cross-entropy with the labels, step by step, warm-up first (negative steps)."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _figure(9.6, 5.0)
     axes = figure.subplots(2, 1, sharex=True)
     shift = warmup[-1]["step"] if warmup else 0
@@ -99,10 +101,14 @@ def draw_losses(
         if warmup:
             axis.axvspan(-shift, 0, color=GRID, alpha=0.6, linewidth=0)
             axis.annotate("warm-up", (-shift / 2, 0.97), xycoords=("data", "axes fraction"), **_NOTE)
-        _label(axis, title, "", "nats per token")
+        _label(axis, title, "", "nats per token (log scale)")
         _mark_stages(axis, stages, named=True)
-        axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
         axis.set_xlim(left=-shift)
+        axis.set_yscale("log")  # the first steps of an untrained student would flatten all others
+        axis.set_ylim(top=1.5 * axis.get_ylim()[1])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
     axes[-1].set_xlabel("optimizer step", fontsize=9)
     _save(figure, path)
 

@@ -149,6 +149,8 @@ def test_differences_name_nested_keys_and_missing_ones() -> None:
     ]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (42, "42 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (42, "42 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")]
+)
 def test_durations_read_naturally(seconds: float, text: str) -> None:
     assert duration(seconds) == text
