@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from pocl_kernels import parallel
-from pocl_kernels.cpu import compiler, eager
+from pocl_kernels.cpu import compiler, eager, memory
 from pocl_kernels.plan import Gradients, Plan, Rows
 from pocl_kernels.scalar import trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
 SCRATCH_BLOCK = 1024  # entries a block in prelude.h
+PROJECTION_ROWS = 2048  # vocabulary rows of a slice: with 128 rows of hidden states 1 MB, in the L2 cache
 SLICE_ROWS = 4096  # vocabulary rows of a head that are upcast at a time
 
 
@@ -51,12 +52,16 @@ def linear_divergence(
     results = torch.zeros(student_hidden.shape[0], 3, dtype=dtype)
     group = parallel.VocabularyGroup(plan.process_group, V, student_hidden.device) if plan.process_group else None
     kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
-    for index in _chunks(rows, buffers=2, vocab_size=V, itemsize=dtype.itemsize, workspace_mb=plan.workspace_mb):
-        zs, zt = student.project(index), teacher.project(index)
-        chunk_labels = None if labels is None else labels.index_select(0, index)
+    student_rows, teacher_rows = chunk_rows(len(rows), V * dtype.itemsize, plan.workspace_mb)
+    for index in rows.split(student_rows):
+        zs = student.project(index)
         out = torch.empty(len(index), 3, dtype=dtype)
         scale = row_scale.index_select(0, index).to(dtype)
-        kernel(zs, zt, student.bias, teacher.bias, chunk_labels, scale, plan, any(wanted), out)
+        for first in range(0, len(index), teacher_rows):
+            part = slice(first, first + teacher_rows)
+            chunk_labels = None if labels is None else labels.index_select(0, index[part])
+            zt = teacher.project(index[part])
+            kernel(zs[part], zt, student.bias, teacher.bias, chunk_labels, scale[part], plan, any(wanted), out[part])
         results.index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, zs)
@@ -76,7 +81,7 @@ def linear_cross_entropy(
     softcap: float | None,
     workspace_mb: float,
     wanted: Gradients,
-    memory: str = "fast",
+    memory_mode: str = "fast",
     state: Tensor | None = None,
 ) -> Rows:
     """Per-row cross-entropy ``[N]`` and the gradients of ``sum row_scale * cross_entropy``."""
@@ -86,7 +91,8 @@ def linear_cross_entropy(
     result = torch.zeros(hidden.shape[0], dtype=dtype)
     kernel = _cross_entropy_kernel(dtype)
     rows = _valid_rows(labels, ignore_index, hidden.shape[0])
-    for index in _chunks(rows, buffers=1, vocab_size=V, itemsize=dtype.itemsize, workspace_mb=workspace_mb):
+    size = evened(len(rows), int(workspace_mb * 2**20 / (V * dtype.itemsize)))
+    for index in rows.split(size):
         z = student.project(index)
         out = torch.empty(len(index), dtype=dtype)
         chunk_scale = row_scale.index_select(0, index).to(dtype)
@@ -110,7 +116,7 @@ class _Projection:
         self._chunk_hidden: Tensor | None = None
         self.grad_hidden = torch.zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
         # Rows beyond the shared vocabulary get no gradient; the rest is written by the first chunk (mm, not addmm).
-        self.grad_weight = torch.empty(weight.shape, dtype=dtype) if wanted.weight else None
+        self.grad_weight = memory.empty(weight.shape, dtype) if wanted.weight else None
         self.grad_bias = torch.zeros(weight.shape[0], dtype=dtype) if wanted.bias else None
         self._first = True
 
@@ -126,11 +132,17 @@ class _Projection:
     def project(self, index: Tensor) -> Tensor:
         """``hidden[index] @ weight.T`` into the reused buffer: ``[len(index), V]``."""
         if self._buffer is None:  # the first chunk is the largest
-            self._buffer = torch.empty(len(index), self.V, dtype=self.dtype)
+            self._buffer = memory.empty((len(index), self.V), self.dtype)
         z = self._buffer[: len(index)]
         self._chunk_hidden = self.hidden.index_select(0, index).to(self.dtype)
-        for part, weight in self._slices():
-            torch.mm(self._chunk_hidden, weight.T, out=z[:, part])
+        # weight @ hidden.T by slices, then transposed from cache: a quarter faster than hidden @ weight.T, for which
+        # the library repacks the whole weight, and no slower for short chunks (benchmarks/NOTES.md).
+        hidden = self._chunk_hidden.T.contiguous()
+        tile = torch.empty(PROJECTION_ROWS, len(index), dtype=self.dtype)
+        for first in range(0, self.V, PROJECTION_ROWS):
+            part = slice(first, min(first + PROJECTION_ROWS, self.V))
+            product = torch.mm(self.weight[part].to(self.dtype), hidden, out=tile[: part.stop - first])
+            z[:, part] = product.T
         return z
 
     def accumulate(self, index: Tensor, gradient: Tensor) -> None:
@@ -161,20 +173,22 @@ def _valid_rows(labels: Tensor | None, ignore_index: int, count: int) -> Tensor:
     return torch.arange(count) if labels is None else torch.nonzero(labels != ignore_index).squeeze(-1)
 
 
-def chunk_rows(rows: int, *, buffers: int, vocab_size: int, itemsize: int, workspace_mb: float) -> int:
-    """Rows of one chunk: as many as the workspace holds, at most ``MAX_CHUNK_ROWS``, evened out over the chunks."""
-    most = int(workspace_mb * 2**20 / (buffers * vocab_size * itemsize))
-    most = max(1, min(most, MAX_CHUNK_ROWS, rows))
-    chunks = -(-rows // most)
-    return -(-rows // chunks)
+def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int]:
+    """Rows of a chunk of the student's logits, and of the teacher's within it, that together fit the workspace.
+
+    A chunk of the student's reads its head twice and reads and writes the weight's gradient, one of the teacher's
+    reads a head once: four to one, so the sum of all traffic is least where the student's chunk is twice as long.
+    """
+    most = int(workspace_mb * 2**20 / row_bytes)
+    student = evened(rows, most * 2 // 3)
+    return student, evened(student, most - student)
 
 
-def _chunks(rows: Tensor, *, buffers: int, vocab_size: int, itemsize: int, workspace_mb: float) -> Iterator[Tensor]:
-    if len(rows):
-        size = chunk_rows(
-            len(rows), buffers=buffers, vocab_size=vocab_size, itemsize=itemsize, workspace_mb=workspace_mb
-        )
-        yield from rows.split(size)
+def evened(rows: int, most: int) -> int:
+    """Chunk length of at most ``most`` and at least one row, the same for all chunks but the last."""
+    most = max(1, min(most, MAX_CHUNK_ROWS))
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
 
 
 # --- Row kernels: compiled where that is possible ---------------------------------------------------------------------
