@@ -33,11 +33,12 @@ def available_bytes(device: torch.device) -> int:
 
 
 def cache_bytes_per_token(model: nn.Module) -> int:
-    """Keys and values of one token in all layers."""
+    """Keys and values of one token in all layers; for models without attention heads, as if the heads were full."""
     config: Any = text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * next(model.parameters()).element_size()
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * shared * size * next(model.parameters()).element_size()
 
 
 def rows_that_fit(model: nn.Module, tokens_per_row: int, *, processes: int = 1) -> int:

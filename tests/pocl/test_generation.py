@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from pocl.generation import GenerationSettings, NgramBan, choose, end_tokens, generate, uniforms
+from pocl.generation import (
+    GenerationSettings,
+    NgramBan,
+    choose,
+    end_tokens,
+    generate,
+    resolve_backend,
+    rows_that_fit,
+    uniforms,
+)
+from pocl.generation.memory import available_bytes, cache_bytes_per_token
 
 EOS = [1]
 
@@ -82,6 +92,80 @@ def test_training_mode_is_left_as_it_was(make_tiny_model: Callable[..., Any]) ->
     model = make_tiny_model().train()
     _generate(model, [[3, 4]], GenerationSettings(max_new_tokens=1))
     assert model.training
+
+
+# --------------------------------------------------------------------------------------------------- architectures
+
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
+SHAPE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+GROUPED = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
+GPT2 = {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
+OPT = {**SHAPE, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.3}
+FAMILIES = [
+    ("Gpt2", "GPT2Config", {**GPT2, "bos_token_id": 1, "eos_token_id": 1}),
+    ("Opt", "OPTConfig", {name: value for name, value in OPT.items() if name != "initializer_range"}),
+    ("Mistral, sliding", "MistralConfig", {**GROUPED, "sliding_window": 8}),
+    ("Gemma 2, softcap, both kinds of attention", "Gemma2Config", {**GROUPED, "head_dim": 8, "sliding_window": 8}),
+    ("Qwen 3", "Qwen3Config", {**GROUPED, "head_dim": 8}),
+    ("Cohere, scaled logits", "CohereConfig", GROUPED),
+]
+PLAIN = {"vocab_size": 100, "hidden_size": 32, "eos_token_id": 1}
+WITHOUT_SLOTS = [
+    ("position bias from the padding mask", "BloomConfig", {**PLAIN, "n_layer": 2, "n_head": 4}),
+    ("a state in place of a cache", "MambaConfig", {**PLAIN, "num_hidden_layers": 2}),
+]
+
+
+def _random_model(config: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**options)).eval()
+
+
+@pytest.mark.parametrize(("config", "options"), [f[1:] for f in FAMILIES], ids=[f[0] for f in FAMILIES])
+def test_slots_serve_other_families_beyond_their_windows(
+    config: str, options: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    model = _random_model(config, options)
+    short = [[token % 97 + 3 for token in prompt] for prompt in prompts]
+    assert resolve_backend(model, "auto") == "slots"
+    settings = GenerationSettings(max_new_tokens=10)
+    assert _generate(model, short, settings, batch_size=5) == _one_by_one(model, short, max_new_tokens=10)
+
+
+@pytest.mark.parametrize(("config", "options"), [f[1:] for f in WITHOUT_SLOTS], ids=[f[0] for f in WITHOUT_SLOTS])
+def test_families_without_slots_are_found_out_and_still_answer(
+    config: str, options: dict[str, Any], prompts: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _random_model(config, options)
+    short = [[token % 97 + 3 for token in prompt] for prompt in prompts[:4]]
+    answers = _generate(model, short, GenerationSettings(max_new_tokens=5))
+    assert "does not run on the slot engine" in caplog.text
+    assert answers == _one_by_one(model, short, max_new_tokens=5)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def test_rows_that_fit_follow_the_free_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # keys and values of 2 layers, 2 heads of 8 float32 numbers; beside them three copies of 1,000 float32 logits
+    row = 100 * (2 * 2 * 2 * 8 * 4) + 3 * 4 * 1000
+    assert cache_bytes_per_token(model) == 256
+    monkeypatch.setattr("pocl.generation.memory.available_bytes", lambda device: 2 * 10 * row)
+    assert rows_that_fit(model, 100) == 10
+    assert rows_that_fit(model, 100, processes=2) == 5
+    monkeypatch.setattr("pocl.generation.memory.available_bytes", lambda device: 0)
+    assert rows_that_fit(model, 100) == 1
+
+
+def test_available_memory_is_some_of_the_machines() -> None:
+    assert 0 < available_bytes(torch.device("cpu")) < 1 << 50
 
 
 # --------------------------------------------------------------------------------------------------------- choosing
