@@ -23,6 +23,7 @@ class Processes:
     local_size: int = 1
     """Processes on this machine, which share its memory."""
     _group: Any = field(default=None, repr=False)
+    _owned: bool = field(default=False, repr=False)
 
     @classmethod
     def current(cls) -> Processes:
@@ -30,10 +31,19 @@ class Processes:
         size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
-        if not dist.is_initialized():
+        owned = not dist.is_initialized()
+        if owned:
             dist.init_process_group("gloo", timeout=_PATIENCE)
-        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        return cls(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group)
+        group = dist.group.WORLD if owned else dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return cls(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group, owned)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Whoever trains next in these processes makes a group for its own device.
+        if self._owned:
+            dist.destroy_process_group()
 
     def wait(self) -> None:
         """Returns once every process has come here."""

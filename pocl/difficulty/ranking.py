@@ -71,13 +71,15 @@ def rank(
         num_subsets: into how many subsets the ranking is cut.
         criteria: which columns count, in which direction and with what weight.
         partition: `count` gives parts of floor(N / n) with the remainder in the last, as the paper does;
-            `quantile` cuts at the n-quantiles of `rrf_score`, so that samples of equal score stay together.
+            `quantile` cuts at the n-quantiles of `rrf_score`: sizes differ by one at most, except that samples of
+            equal score stay together.
 
     Returns:
         The same rows in the same order with the three columns, and `rank_<column>` for each criterion.
 
     Raises:
-        ValueError: missing column, non-finite value (names the sample), more subsets than samples, bad argument.
+        ValueError: missing column, non-finite value (names the sample), more subsets than samples, an empty subset,
+            or a bad argument.
     """
     chosen = tuple(c if isinstance(c, Criterion) else Criterion(**c) for c in criteria)
     _check(scores, k, num_subsets, chosen, partition)
@@ -140,4 +142,11 @@ def _by_quantile(fused: Sequence[float], ranks: Sequence[int], n: int) -> list[i
     first: dict[float, int] = {}
     for r, score in sorted(zip(ranks, fused, strict=True)):
         first.setdefault(score, r)
-    return [(first[score] - 1) * n // len(fused) for score in fused]
+    subsets = [(first[score] - 1) * n // len(fused) for score in fused]
+    empty = sorted(set(range(n)) - set(subsets))
+    if empty:
+        raise ValueError(
+            f'partition="quantile" leaves subset {empty[0]} empty, for too many samples have the same score; '
+            'use partition="count", fewer subsets or another criterion'
+        )
+    return subsets

@@ -110,41 +110,38 @@ def score(
 
     shard_size = shard_size or SHARD_SIZE.get(next(model.parameters()).device.type, SHARD_SIZE["cuda"])
     _check_sizes(shard_size=shard_size, max_batch_tokens=max_batch_tokens, batch_size=batch_size)
-    processes = Processes.current()
-    if processes.size > 1 and output_dir is None:
-        raise ValueError(f"output_dir is needed to share the work among {processes.size} processes")
     read = SampleReader(
         tokenizer, _columns(dataset), template=template, max_length=max_length, max_prompt_length=max_prompt_length
     )
     _check_ids(dataset, read)
-    answering = None
-    if answers:
-        settings = generation or GenerationSettings()
-        longest = max_prompt_length + settings.max_new_tokens
-        rows = batch_size or rows_that_fit(model, longest, processes=processes.local_size)
-        ends = tuple(end_tokens(model, tokenizer))
-        answering = Answering(settings, ends, _try_backend(model, backend), min(rows, shard_size))
-    elif generation is not None:
+    if not answers and generation is not None:
         raise ValueError("generation is given but answers=False; leave out one of the two")
-    run = {
-        "model": model_fingerprint(model),
-        "teacher": None if teacher is None else model_fingerprint(teacher),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "rows": read.describe(),
-        "answers": None if answering is None else asdict(answering) | {"rows": batch_size},
-        "batches": {"max_batch_tokens": max_batch_tokens, "shard_size": shard_size, "stem": stem},
-    }
-    store: ShardStore | MemoryStore = MemoryStore() if output_dir is None else ShardStore(output_dir)
-    kept = processes.first(lambda: store.open(run, {} if answering is None else {"rows": answering.rows}))
-    if answering is not None:
-        # what fits may differ from run to run, but the rounding of an answer may depend on it
-        answering = replace(answering, rows=kept["rows"])
-    scorer = Scorer(model, tokenizer, answering, teacher=teacher, max_batch_tokens=max_batch_tokens, stem=stem)
-    num_shards = _score_shards(dataset, shard_size, read, scorer, store, processes, progress)
-    processes.wait()
-    processes.first(lambda: store.finish(num_shards))
-    _report(read, processes)
-    return Dataset(InMemoryTable(store.read()))
+    with Processes.current() as processes:
+        if processes.size > 1 and output_dir is None:
+            raise ValueError(f"output_dir is needed to share the work among {processes.size} processes")
+        answering = None
+        if answers:
+            settings = generation or GenerationSettings()
+            answering = _answering(model, tokenizer, settings, backend, batch_size, max_prompt_length, processes)
+        run = {
+            "model": model_fingerprint(model),
+            "teacher": None if teacher is None else model_fingerprint(teacher),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "rows": read.describe(),
+            "answers": None if answering is None else asdict(answering) | {"rows": batch_size},
+            "batches": {"max_batch_tokens": max_batch_tokens, "shard_size": shard_size, "stem": stem},
+        }
+        store: ShardStore | MemoryStore = MemoryStore() if output_dir is None else ShardStore(output_dir)
+        kept = processes.first(lambda: store.open(run, {} if answering is None else {"rows": answering.rows}))
+        if answering is not None:
+            # what fits may differ from run to run, but the rounding of an answer may depend on it
+            answering = replace(answering, rows=kept["rows"])
+        scorer = Scorer(model, tokenizer, answering, teacher=teacher, max_batch_tokens=max_batch_tokens, stem=stem)
+        num_shards = _score_shards(dataset, shard_size, read, scorer, store, processes, progress)
+        processes.wait()
+        processes.first(lambda: store.finish(num_shards))
+        _report(read, processes)
+        return Dataset(InMemoryTable(store.read()))
 
 
 @dataclass(frozen=True)
@@ -241,12 +238,24 @@ def _check_ids(dataset: Any, read: SampleReader) -> None:
         )
 
 
-def _try_backend(model: nn.Module, backend: str) -> str:
+def _answering(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: GenerationSettings,
+    backend: str,
+    batch_size: int | None,
+    max_prompt_length: int,
+    processes: Processes,
+) -> Answering:
+    """How answers will be made on this machine."""
     was_training = model.training
     try:
-        return resolve_backend(model.eval(), backend)
+        backend = resolve_backend(model.eval(), backend)
     finally:
         model.train(was_training)
+    longest = max_prompt_length + settings.max_new_tokens
+    rows = batch_size or rows_that_fit(model, longest, processes=processes.local_size)
+    return Answering(settings, tuple(end_tokens(model, tokenizer)), backend, rows)
 
 
 def _report(read: SampleReader, processes: Processes) -> None:

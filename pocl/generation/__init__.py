@@ -68,7 +68,8 @@ def generate(
         progress: show a progress bar.
 
     Raises:
-        ValueError: an empty prompt, a prompt longer than the model's context, or a bad argument.
+        ValueError: an empty prompt, a prompt longer than the model's context, logits that are not finite (names the
+            sample), or a bad argument.
     """
     settings = settings or GenerationSettings()
     ids = list(range(len(prompts))) if sample_ids is None else [int(i) for i in sample_ids]

@@ -10,8 +10,8 @@ from torch import nn
 
 from pocl.generation.settings import text_config
 
-# Rows beyond which a step takes as much longer as it has rows. Two AVX2 cores are bound by arithmetic from 48 rows on;
-# a GPU still gains at several hundred.
+# Rows beyond which a step takes as much longer as it has rows. Of a 50 M model, an AVX2 core takes 3.3 ms a token at 16
+# rows, 2.4 at 32, 2.2 at 64 and 1.9 at 128; a GPU still gains at several hundred.
 MAX_ROWS = {"cpu": 64, "cuda": 512}
 # Of the free memory, what the cache may take: the rest is for activations, logits and other programs.
 _SHARE = 0.5

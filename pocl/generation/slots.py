@@ -200,6 +200,7 @@ class SlotEngine:
         """The next token of the active rows from `start` on; rows that end leave and are yielded."""
         logits = project(self.head, hidden)
         rows = self.active[start:]
+        self._check(logits, rows)
         for i, row in enumerate(rows):
             if row.ban is not None and (banned := row.ban.banned()):
                 logits[i, banned] = -torch.inf
@@ -217,6 +218,15 @@ class SlotEngine:
                 finished.append(i)
                 yield row.request.index, row.answer
         self._remove(finished)
+
+    def _check(self, logits: Tensor, rows: Sequence[_Row]) -> None:
+        fine = logits.amax(dim=-1).isfinite()
+        if not bool(fine.all()):
+            row = rows[int(fine.logical_not().nonzero()[0])]
+            raise ValueError(
+                f"the logits for token {len(row.answer)} of the answer of sample {row.request.sample_id} are not "
+                "finite; generate in float32 or check the weights"
+            )
 
     def _remove(self, finished: list[int]) -> None:
         """Fills the places of finished rows with the last active ones."""

@@ -225,6 +225,14 @@ def test_bad_prompts_are_refused(model: Any, prompts: list[list[int]], options: 
         _generate(model, prompts, GenerationSettings(max_new_tokens=1), **options)
 
 
+def test_logits_that_are_not_finite_name_the_sample(make_tiny_model: Callable[..., Any]) -> None:
+    model = make_tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    with pytest.raises(ValueError, match=r"token 0 of the answer of sample 31 are not finite"):
+        _generate(model, [[3, 7]], GenerationSettings(max_new_tokens=2), sample_ids=[31], backend="slots")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

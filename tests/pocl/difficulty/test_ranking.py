@@ -60,6 +60,21 @@ def test_quantile_parts_keep_equal_scores_together() -> None:
     assert set(tied["subset"][:]) == {0, 1}
 
 
+@pytest.mark.parametrize(("count", "subsets"), [(11, 4), (9, 4), (8, 3)])
+def test_quantile_parts_without_ties_differ_by_one_at_most(count: int, subsets: int) -> None:
+    values = [float(i) for i in range(count)]
+    ranked = rank(_scores(values, [0.0] * count), criteria=[CROSS_ENTROPY], partition="quantile", num_subsets=subsets)
+    sizes = [ranked["subset"][:].count(s) for s in range(subsets)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_quantile_without_samples_is_refused() -> None:
+    # two criteria that contradict each other: mirrored samples tie, and of three parts of two samples one stays empty
+    criteria = [CROSS_ENTROPY, Criterion("rouge_l", "ascending")]
+    with pytest.raises(ValueError, match="leaves subset 1 empty"):
+        rank(_scores([1.0, 2.0], [2.0, 1.0]), criteria=criteria, partition="quantile", num_subsets=2)
+
+
 def test_weight_and_direction_of_a_criterion_decide() -> None:
     scores = _scores([1.0, 2.0, 3.0], [0.1, 0.2, 0.3], num_tokens=[3, 2, 1])
     assert rank(scores, criteria=[CROSS_ENTROPY], num_subsets=1)["rank"][:] == [1, 2, 3]
