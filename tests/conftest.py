@@ -41,7 +41,7 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow tests, so that no worker is left alone with one; skip those marked `gpu` where there is none."""
+    """Begin with slow tests, so that no worker is left alone with one; skip those marked `gpu` without a GPU."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
