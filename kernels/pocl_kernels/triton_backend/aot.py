@@ -124,7 +124,7 @@ def all_variants() -> list[tuple[Variant, str]]:
 
 
 def source(variant: Variant) -> ASTSource:
-    """The kernel as the launcher would specialise it: pointers 16-byte aligned, all numbers at run time."""
+    """The kernel as the launcher would specialise it: rows 16-byte aligned, all numbers at run time."""
     module = {
         "divergence_rows": divergence_rows,
         "cross_entropy_rows": cross_entropy_rows,
@@ -165,7 +165,7 @@ def source(variant: Variant) -> ASTSource:
             constexprs[(index,)] = constants.get(name)
         else:
             signature[name] = known[name]
-            if isinstance(known[name], str) and known[name].startswith("*"):
+            if not kernel.params[index].do_not_specialize_on_alignment and str(known[name]).startswith("*"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
 

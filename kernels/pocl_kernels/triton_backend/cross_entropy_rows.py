@@ -16,7 +16,8 @@ from pocl_kernels.triton_backend.device import add_exp, jacobian, join_exp, load
 BLOCK = 4096  # half the state of two models: 16 entries a thread
 
 
-@triton.jit(do_not_specialize=["V", "stride16"])
+# Chunks start anywhere in the per-row tensors: their alignment must not decide what is compiled.
+@triton.jit(do_not_specialize=["V", "stride16"], do_not_specialize_on_alignment=["labels", "row_scale", "results"])
 def cross_entropy_rows(
     logits, gradient, bias, labels, row_scale, results, V, stride16, scale, softcap, BLOCK: tl.constexpr
 ):

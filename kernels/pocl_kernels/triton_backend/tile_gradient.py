@@ -16,7 +16,10 @@ from pocl_kernels.triton_backend.state import LOG_1, LOG_S, LOG_T, MAX_S, MAX_T,
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["V", "stride16", "n", "first"])
+# Chunks start anywhere in the per-row tensors: their alignment must not decide what is compiled.
+@triton.jit(
+    do_not_specialize=["V", "stride16", "n", "first"], do_not_specialize_on_alignment=["labels", "row_scale", "state"]
+)
 def tile_gradient(
     student,
     teacher,  # None: cross-entropy alone

@@ -46,7 +46,8 @@ def lanes(pointer, BLOCK: tl.constexpr):
     return tl.where(tl.arange(0, BLOCK) == 0, tl.load(pointer), 0.0)
 
 
-@triton.jit(do_not_specialize=["V", "stride16", "n", "first"])
+# Chunks start anywhere in the per-row tensors: their alignment must not decide what is compiled.
+@triton.jit(do_not_specialize=["V", "stride16", "n", "first"], do_not_specialize_on_alignment=["labels", "sums"])
 def tile_statistics(
     student,
     teacher,  # None: the student alone, for its cross-entropy
