@@ -60,6 +60,8 @@ def allowed_mib(engine: Any, workspace_mb: float) -> float:
 def measured(engine: Any) -> Any:
     if engine.name.startswith("triton"):
         pytest.skip("the interpreter's own copies are counted as well")
+    if engine.name == "eager-low":
+        pytest.skip("the eager rows are the same in both modes, and the slowest to record")
     return engine
 
 

@@ -53,7 +53,7 @@ def linear_divergence(
     group = parallel.VocabularyGroup(plan.process_group, V, student_hidden.device) if plan.process_group else None
     kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
     student_rows, teacher_rows = chunk_rows(len(rows), V * dtype.itemsize, plan.workspace_mb)
-    for index in rows.split(student_rows):
+    for index in _split(rows, student_rows):
         zs = student.project(index)
         out = torch.empty(len(index), 3, dtype=dtype)
         scale = row_scale.index_select(0, index).to(dtype)
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     kernel = _cross_entropy_kernel(dtype)
     rows = _valid_rows(labels, ignore_index, hidden.shape[0])
     size = evened(len(rows), int(workspace_mb * 2**20 / (V * dtype.itemsize)))
-    for index in rows.split(size):
+    for index in _split(rows, size):
         z = student.project(index)
         out = torch.empty(len(index), dtype=dtype)
         chunk_scale = row_scale.index_select(0, index).to(dtype)
@@ -182,6 +182,11 @@ def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int
     most = int(workspace_mb * 2**20 / row_bytes)
     student = evened(rows, most * 2 // 3)
     return student, evened(student, most - student)
+
+
+def _split(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """``rows`` in chunks, none of them empty: of no rows there are no chunks."""
+    return rows.split(size) if len(rows) else ()
 
 
 def evened(rows: int, most: int) -> int:
