@@ -1,6 +1,7 @@
 """The fused distillation loss, forward and backward, against its floor and against plain PyTorch.
 
     python -m benchmarks.bench_loss                                          # two default shapes
+    python -m benchmarks.bench_loss --peers trl,liger,authors --divergences all --save
     python -m benchmarks.bench_loss --tokens 512 --vocab 151936 --student 896 --teacher 1536
 
 The floor is the four matrix products over valid rows that no exact method can save (student logits, teacher logits,
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 import pocl
-from benchmarks.measure import interleaved, machine, peak_bytes
+from benchmarks.measure import interleaved, machine, peak_bytes, save_results
+from benchmarks.peers import PEERS, Loss, available
 
 SHAPES = ((1024, 49152, 576, 576), (512, 151936, 896, 1536))  # tokens, vocabulary, student's and teacher's hidden size
 TEMPERATURE = 2.0
@@ -61,14 +63,12 @@ def make_problem(tokens: int, vocabulary: int, student: int, teacher: int, *, de
 
 
 def floor(problem: Problem) -> None:
-    """The matrix products alone, a chunk of rows at a time, in the same memory as the fused loss."""
+    """The four matrix products over the valid rows alone, whole, as plain PyTorch does them."""
     hidden, teacher = problem.student_hidden[problem.valid], problem.teacher_hidden[problem.valid]
-    grad_weight = torch.zeros_like(problem.student_weight)
-    for h, t in zip(hidden.split(256), teacher.split(256), strict=True):
-        logits = h @ problem.student_weight.T
-        torch.mm(t, problem.teacher_weight.T)
-        logits @ problem.student_weight
-        grad_weight.addmm_(logits.T, h)
+    logits = hidden @ problem.student_weight.T
+    teacher @ problem.teacher_weight.T
+    logits @ problem.student_weight
+    logits.T @ hidden
 
 
 def eager(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +125,26 @@ def fused(problem: Problem, divergence: str = "fkl") -> tuple[Tensor, Tensor, Te
     return out.loss.detach(), hidden.grad, weight.grad
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem], tuple[Tensor, Tensor, Tensor]]] = {
+Implementation = Callable[[Problem], tuple[Tensor, Tensor, Tensor]]
+
+
+def through_autograd(loss: Loss) -> Implementation:
+    """A peer's loss as an implementation."""
+
+    def run(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = problem.student_hidden.detach().requires_grad_()
+        weight = problem.student_weight.detach().requires_grad_()
+        value = loss(hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels, TEMPERATURE)
+        value.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return value.detach(), hidden.grad, weight.grad
+
+    return run
+
+
+# The forward KL in each of them, so that one result is right for all.
+IMPLEMENTATIONS: dict[str, Implementation] = {
     "pocl": fused,
     "chunked loop in eager torch": chunked,
     "eager torch, full logits": eager,
@@ -137,23 +156,32 @@ def gradient_error(found: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor,
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
-def report(shape: tuple[int, int, int, int], runs: int) -> None:
+def report(shape: tuple[int, int, int, int], runs: int, peers: list[str], divergences: list[str]) -> dict[str, Any]:
+    """Check, time and print all implementations of one shape; returns what was printed."""
     problem = make_problem(*shape)
     exact = eager(Problem(*(t.double() if t.is_floating_point() else t for t in vars(problem).values())))
-    errors = {name: gradient_error(function(problem), exact) for name, function in IMPLEMENTATIONS.items()}
+    implementations = IMPLEMENTATIONS | {title: through_autograd(loss) for title, loss in available(peers).items()}
+    errors = {name: gradient_error(function(problem), exact) for name, function in implementations.items()}
     del exact
+    wrong = {name: error for name, error in errors.items() if not error < 1e-2}
+    if wrong:
+        raise RuntimeError(f"these do not compute the forward KL of the others: {wrong}")
     functions: dict[str, Callable[[], Any]] = {"floor": lambda: floor(problem)}
-    functions |= {name: (lambda f=function: f(problem)) for name, function in IMPLEMENTATIONS.items()}  # type: ignore[misc]
+    functions |= {name: (lambda f=function: f(problem)) for name, function in implementations.items()}  # type: ignore[misc]
+    functions |= {f"pocl, {name}": (lambda d=name: fused(problem, d)) for name in divergences}  # type: ignore[misc]
     timings = interleaved(functions, runs)
     tokens, vocabulary, student, teacher = shape
     print(f"\n{tokens} tokens, half of them ignored; vocabulary {vocabulary}; hidden {student} <- {teacher}; float32")
-    print(f"{'':28}{'median':>10}{'spread':>9}{'/ floor':>9}{'peak':>10}{'error':>11}")
+    print(f"{'':30}{'median':>10}{'spread':>9}{'/ floor':>9}{'peak':>10}{'error':>11}")
+    rows = {}
     for name, timing in timings.items():
         peak = peak_bytes(functions[name])
         ratio = timing.median / timings["floor"].median
-        line = f"{name:28}{timing.median:>8.3f} s{100 * timing.spread:>7.1f} %{ratio:>9.2f}"
+        rows[name] = {"seconds": timing.samples, "over_floor": ratio, "peak_bytes": peak, "error": errors.get(name)}
+        line = f"{name:30}{timing.median:>8.3f} s{100 * timing.spread:>7.1f} %{ratio:>9.2f}"
         line += " " * 10 if peak is None else f"{peak / 2**20:>6.0f} MiB"
-        print(line if name == "floor" else f"{line}{errors[name]:>11.1e}")
+        print(f"{line}{errors[name]:>11.1e}" if name in errors else line)
+    return {"tokens": tokens, "vocabulary": vocabulary, "hidden": [student, teacher], "rows": rows}
 
 
 @pytest.mark.parametrize("name", ["floor", *IMPLEMENTATIONS])
@@ -170,13 +198,24 @@ def main() -> None:
     parser.add_argument("--student", type=int, help="the student's hidden size")
     parser.add_argument("--teacher", type=int, help="the teacher's hidden size")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(PEERS)} (default: none)")
+    parser.add_argument("--divergences", default="", help="comma-separated names to time beside fkl, or all")
+    parser.add_argument(
+        "--save", action="store_true", help="file the result under benchmarks/results by hardware and day"
+    )
     options = parser.parse_args()
     given = (options.tokens, options.vocab, options.student, options.teacher)
     if any(given) and not all(given):
         parser.error("give --tokens, --vocab, --student and --teacher together, or none of them")
     print(machine())
-    for shape in (given,) if all(given) else SHAPES:
-        report(shape, options.runs)
+    peers = [name for name in options.peers.split(",") if name]
+    divergences = [name for name in options.divergences.split(",") if name]
+    if divergences == ["all"]:
+        divergences = [name for name in pocl.DIVERGENCES if name != "fkl"]
+    shapes = (given,) if all(given) else SHAPES
+    results = [report(shape, options.runs, peers, divergences) for shape in shapes]
+    if options.save:
+        print(f"\nsaved in {save_results('loss', results)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What all benchmarks share: the machine's name, repeated timing, and peak memory."""
 
 import ctypes
+import datetime
+import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -82,3 +85,12 @@ def machine() -> str:
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].partition(":")[2].strip() if lines else name
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def save_results(subject: str, results: Any) -> Path:
+    """File results as JSON by hardware and day: `results/<machine>/<date>-<subject>.json`, relative to this folder."""
+    folder = Path(__file__).parent / "results" / re.sub(r"[^a-z0-9]+", "-", machine().split(",")[0].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.date.today().isoformat()}-{subject}.json"
+    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    return path
