@@ -20,6 +20,7 @@ from pocl_kernels.output import DivergenceOutput
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
+MIN_GPU_CHUNK_ROWS = 256
 BACKENDS = ("auto", "triton", "cpu")
 
 
@@ -66,7 +67,8 @@ def fused_linear_divergence(
         normalizer: replaces the number of valid tokens under "mean": pass the count over the global batch, and the
             gradient does not depend on accumulation, padding or world size.
         memory: "fast" computes gradients in the forward pass, "low" recomputes the logits in the backward pass; "auto"
-            is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass.
+            is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass, and on
+            GPUs where the workspace holds less than 256 rows of both models' logits.
         workspace_mb: bound on scratch memory in MiB, default 256, under "low" 96.
         backend: "triton" (CUDA, ROCm), "cpu", or "auto" by the tensors' device.
         process_group: the processes that share the vocabulary, each with the same consecutive rows of both heads, in
@@ -84,7 +86,9 @@ def fused_linear_divergence(
     divergence = get_divergence(divergence)
     vocab_size = _check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
     _check_numbers(temperature, ce_weight, labels)
-    workspace_mb, mode = _check_choices(reduction, memory, workspace_mb), _memory_mode(reduction, memory)
+    workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    logits = student_head.vocab_size + teacher_head.vocab_size
+    mode = _memory_mode(reduction, memory, student_hidden, student_head.weight, workspace_mb, logits)
     _check_backend(backend, student_hidden.device)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
     flat_labels = _flat_labels(labels, student_hidden, ignore_index, vocab_size)
@@ -142,7 +146,8 @@ def fused_linear_cross_entropy(
     head = _gathered(as_head(head))
     _check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
-    workspace_mb, mode = _check_choices(reduction, memory, workspace_mb), _memory_mode(reduction, memory)
+    workspace_mb = _check_choices(reduction, memory, workspace_mb)
+    mode = _memory_mode(reduction, memory, hidden, head.weight, workspace_mb, head.vocab_size)
     _check_backend(backend, hidden.device)
     flat_labels = _flat_labels(labels, hidden, ignore_index, head.vocab_size)
     assert flat_labels is not None
@@ -256,9 +261,31 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
     return float(workspace_mb)
 
 
-def _memory_mode(reduction: str, memory: str) -> str:
-    """The mode that "auto" stands for: gradients of single tokens must wait for the upstream gradient."""
-    return "low" if memory == "low" or (reduction == "none" and torch.is_grad_enabled()) else "fast"
+def memory_mode(reduction: str, memory: str, *, gpu: bool, trains_weight: bool, rows: int, chunk_rows: float) -> str:
+    """The mode that "auto" stands for; ``chunk_rows`` is how many rows of logits the workspace holds.
+
+    "low" for gradients of single tokens, which must wait for the upstream gradient. "low" too on a GPU where chunks
+    would be short: "fast" adds every chunk's share to the weight's gradient, and at an H100's ratio of arithmetic to
+    memory bandwidth that traffic should outweigh low's second forward pass below about 256 rows. Else "fast".
+    """
+    if memory != "auto":
+        return memory
+    if reduction == "none" and torch.is_grad_enabled():
+        return "low"
+    return "low" if gpu and trains_weight and chunk_rows < min(rows, MIN_GPU_CHUNK_ROWS) else "fast"
+
+
+def _memory_mode(
+    reduction: str, memory: str, hidden: Tensor, weight: Tensor, workspace_mb: float, logits_per_row: int
+) -> str:
+    return memory_mode(
+        reduction,
+        memory,
+        gpu=hidden.device.type == "cuda",
+        trains_weight=weight.requires_grad and torch.is_grad_enabled(),
+        rows=math.prod(hidden.shape[:-1]),
+        chunk_rows=workspace_mb * 2**20 / (4 * logits_per_row),
+    )
 
 
 def _check_backend(backend: str, device: torch.device) -> None:

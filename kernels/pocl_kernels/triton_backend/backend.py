@@ -23,9 +23,6 @@ from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
 from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
 from pocl_kernels.triton_backend.terms import slope_sum, term_of
 
-MIN_FAST_ROWS = 512
-"""With fewer rows in a chunk, adding up the weight's gradient costs more than low's second forward pass."""
-
 
 def linear_divergence(
     student_hidden: Tensor,  # [N, H_s]
