@@ -1,15 +1,8 @@
-"""`POCLTrainer`: one `Trainer.train()` a stage, the fused loss inside the student's forward, and nothing else.
-
-Why a loop of training calls and not one call over a virtual epoch: what the paper asks for at the border of two stages
-(a fresh optimizer and learning rate, the best checkpoint of the stage before, a stop at convergence) is what
-`Trainer.train()` does at its beginning and end, for every engine. What the loop costs is an offset on step counts.
-"""
+"""`POCLTrainer`: the stages of `stages.py`, the fused loss inside the student's forward, evaluation and logging."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,30 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, set_seed
-from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from pocl import heads
 from pocl.curriculum import Curriculum, Stage
 from pocl.data import Collator
 from pocl.teacher import Teacher
 from pocl.trainer.callbacks import Convergence, StageBar
-from pocl.trainer.checks import check_setup, divergence_of, packs, run_identity
+from pocl.trainer.card import distillation_section
+from pocl.trainer.checks import check_setup, divergence_of, packs
 from pocl.trainer.config import POCLConfig
 from pocl.trainer.figures import Figures, FiniteLossGuard
 from pocl.trainer.fused import DistillationLossCall, install_fused_forward
 from pocl.trainer.loading import PackedCollator, label_tokens, make_loader
 from pocl.trainer.on_policy import OnPolicy
-from pocl.trainer.progress import FinishedStage, RunProgress
+from pocl.trainer.progress import RunProgress
 from pocl.trainer.sampler import StageRows, derived_seed
-from pocl.trainer.weights import load_weights, no_saving_bars, save_weights
+from pocl.trainer.stages import StagedTrainer
 from pocl_kernels import Divergence
 
-logger = logging.getLogger(__name__)
 
-
-class POCLTrainer(Trainer):
+class POCLTrainer(StagedTrainer):
     """Distils a teacher into a student along a curriculum.
 
     `train()` goes on from what `args.output_dir` holds of the same run, unless told `resume_from_checkpoint=False`.
@@ -105,170 +96,17 @@ class POCLTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.curriculum.optimizer == "carried" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("optimizer='carried' works without sharding only; use optimizer='fresh' or DDP")
         self.model_accepts_loss_kwargs = True
         self.progress = RunProgress(args.output_dir)
         self.figures, self.eval_figures = Figures(self.accelerator), Figures(self.accelerator)
         self.guard = FiniteLossGuard()
         self.on_policy = OnPolicy.of(self) if args.on_policy else None
-        self._step_offset = 0  # optimizer steps of the finished stages
-        self._stage_in_memory: int | None = None  # the stage whose result the model holds
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageBar(self))
         if self.curriculum.patience is not None:
             self.add_callback(Convergence(self.curriculum.patience))
-
-    # ------------------------------------------------------------------------------------------------------ stages
-
-    @property
-    def batch_size(self) -> int:
-        """Samples of one optimizer step, over processes and accumulation."""
-        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
-    def train(
-        self,
-        resume_from_checkpoint: bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train all stages that are not finished yet.
-
-        Args:
-            resume_from_checkpoint: None or True goes on from what `output_dir` holds, False removes it first.
-            trial, ignore_keys_for_eval: must be left out; taken for the signature of `Trainer`.
-
-        Returns:
-            Optimizer steps over all stages, mean loss of the last stage trained, and its speed metrics.
-
-        Raises:
-            ValueError: `output_dir` holds another run.
-            FloatingPointError: the loss is not finite; says step, stage and samples. Checkpoints stay as they are.
-        """
-        if isinstance(resume_from_checkpoint, str | Path) or trial is not None or ignore_keys_for_eval is not None:
-            raise ValueError(
-                "train() takes resume_from_checkpoint=None, True or False only: each stage has its own checkpoints in "
-                "output_dir, and the newest whole one is found there"
-            )
-        with self.accelerator.main_process_first():
-            if resume_from_checkpoint is False and self.accelerator.is_main_process:
-                self.progress.forget()
-            self.progress.claim(run_identity(self), write=self.accelerator.is_main_process)
-        base_args: Any = vars(self)["args"]
-        self._step_offset, output = 0, TrainOutput(0, 0.0, {})
-        try:
-            with no_saving_bars():
-                for stage in self.curriculum.stages:
-                    record = self.progress.finished(stage.index)
-                    if record is None:
-                        self._restore_result_of(stage.index - 1)
-                        output, record = self._train_stage(stage, base_args)
-                    self._step_offset += record.steps
-        finally:
-            self.args = base_args
-        self._restore_result_of(stage.index)
-        self.state.log_history = self.progress.read_log()
-        return TrainOutput(self._step_offset, output.training_loss, output.metrics)
-
-    def _train_stage(self, stage: Stage, base_args: Any) -> tuple[TrainOutput, FinishedStage]:
-        """One call of `Trainer.train`, from the stage's newest whole checkpoint if it has one."""
-        self._enter(stage, base_args)
-        checkpoint = self.progress.newest_checkpoint(stage.index)
-        resumed = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.accelerator.is_main_process:
-            self.progress.clean(stage.index)
-            self.progress.cut_log(self._step_offset + (resumed.global_step if resumed else 0))
-        self.accelerator.wait_for_everyone()
-        if self.on_policy is not None:
-            self.on_policy.load(checkpoint)
-        if checkpoint is not None and resumed is not None and self._had_converged(resumed):
-            load_weights(self.model, Path(self._best(resumed) or checkpoint))
-            self.state, output = resumed, TrainOutput(resumed.global_step, 0.0, {})
-        else:
-            try:
-                output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            except KeyboardInterrupt:
-                logger.warning(
-                    "interrupted in stage %d at step %d; the same command goes on from the newest checkpoint in %s",
-                    stage.index,
-                    self._step_offset + self.state.global_step,
-                    self.progress.root,
-                )
-                raise
-        return output, self._finish(stage)
-
-    def _enter(self, stage: Stage, base_args: Any) -> None:
-        self.stage = stage
-        self.args = copy.copy(base_args)
-        self.args.num_train_epochs = stage.epochs
-        self.args.max_steps = stage.max_steps or -1
-        self.args.learning_rate = stage.learning_rate or base_args.learning_rate
-        last = stage.index == len(self.curriculum.stages) - 1
-        self.args.load_best_model_at_end &= last or self.curriculum.start == "best"
-        set_seed(derived_seed(base_args.seed, stage.index))
-        self.optimizer, self.lr_scheduler = None, None
-        self.figures.clear()
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience_counter = 0
-
-    def _had_converged(self, state: TrainerState) -> bool:
-        """A run may die between the evaluation that ends a stage and the end of the stage."""
-        if self.curriculum.patience is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        return Convergence(self.curriculum.patience).reached(self.args, state)
-
-    def _best(self, state: TrainerState) -> str | None:
-        return state.best_model_checkpoint if self.args.load_best_model_at_end else None
-
-    def _finish(self, stage: Stage) -> FinishedStage:
-        save_weights(self, self.progress.student_dir(stage.index))
-        record = FinishedStage(self.state.global_step, self.state.best_metric, self._kept_checkpoint(stage))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.progress.mark_finished(stage.index, record)
-            if self.args.save_total_limit is not None:
-                self.progress.keep_only(stage.index, record.checkpoint)
-        self.accelerator.wait_for_everyone()
-        self._stage_in_memory = stage.index
-        return record
-
-    def _kept_checkpoint(self, stage: Stage) -> str | None:
-        """The checkpoint whose optimizer state the next stage carries on."""
-        if self.curriculum.optimizer == "fresh" or stage.index == len(self.curriculum.stages) - 1:
-            return None
-        chosen = self._best(self.state) or self.progress.newest_checkpoint(stage.index)
-        return None if chosen is None else Path(chosen).name
-
-    def _restore_result_of(self, index: int) -> None:
-        if index >= 0 and self._stage_in_memory != index:
-            load_weights(self.model, self.progress.student_dir(index))
-            self._stage_in_memory = index
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self.progress.stage_dir(self.stage.index))
-
-    # ------------------------------------------------------------------------------------- optimizer and schedule
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        if self.curriculum.optimizer == "carried" and self.stage.index > 0:
-            record = self.progress.finished(self.stage.index - 1)
-            assert record is not None
-            assert record.checkpoint is not None
-            path = self.progress.stage_dir(self.stage.index - 1) / record.checkpoint / "optimizer.pt"
-            optimizer.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] = self.args.learning_rate
-        return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if self.curriculum.schedule == "restart" or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        total = sum(self.curriculum.stage_steps(self.subsets, self.batch_size))
-        whole, offset = super().create_scheduler(total, optimizer), self._step_offset
-        shifted: Any = [lambda step, f=f: f(step + offset) for f in whole.lr_lambdas]
-        scheduler: Any = torch.optim.lr_scheduler.LambdaLR(whole.optimizer, shifted)
-        self.lr_scheduler = scheduler
-        return scheduler
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -394,3 +232,10 @@ class POCLTrainer(Trainer):
         if self.is_in_train and self.is_world_process_zero():
             self.progress.append_log({"step": self.state.global_step, **logs})
         self.state.global_step = step
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of transformers, with a section on loss, stages and figures."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as file:
+                file.write(distillation_section(self))

@@ -180,6 +180,30 @@ def test_loader_workers_read_the_cache(trainer_of, teacher, rows, tmp_path) -> N
     torch.testing.assert_close(batch["teacher_hidden"], teacher.hidden_states(batch), rtol=1e-5, atol=1e-5)
 
 
+def test_reporters_see_one_run_with_global_steps(trainer_of) -> None:
+    reported: list[tuple[int, int]] = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                reported.append((state.global_step, logs["stage"]))
+
+    trainer = trainer_of(Curriculum.baby_step(2, epochs=1), callbacks=[Reporter()])
+    trainer.train()
+    assert reported == [(step, 0 if step <= 4 else 1) for step in range(1, 11)]
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == list(range(1, 11))
+
+
+def test_the_model_card_tells_loss_stages_and_figures(trainer_of) -> None:
+    trainer = trainer_of(Curriculum.baby_step(2, epochs=1), divergence="skew_rkl")
+    trainer.train()
+    trainer.create_model_card(model_name="student")
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "SkewReverseKL(skew=0.1)" in card
+    assert "0-1       22       1      6            2         1" in card
+    assert "| 1 | 10 |" in card
+
+
 def test_only_what_is_needed_stays_on_disk(trainer_of) -> None:
     trainer = trainer_of(Curriculum.baby_step(2, epochs=1))
     trainer.train()

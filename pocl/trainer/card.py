@@ -1,0 +1,45 @@
+"""What a model card says of how the student was made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TEXT = """
+## Distillation
+
+Distilled from a larger model along a curriculum with [POCL](https://arxiv.org/abs/2506.05695): easy samples first,
+harder ones added stage by stage, while the temperature of the softmaxes rises.
+
+- loss: {divergence}, temperature and weights by stage as below{squared}
+- batches of {batch_size} samples{on_policy}
+
+```
+{table}
+```
+
+{results}"""
+
+
+def distillation_section(trainer: Any) -> str:
+    """Markdown: loss, stages, and the last figures of each stage, of a POCLTrainer."""
+    args = trainer.args
+    last: dict[int, dict[str, Any]] = {}
+    for line in trainer.progress.read_log():
+        if "stage" in line:
+            last.setdefault(line["stage"], {}).update(line)
+    names = ["loss", "divergence", "cross_entropy", "eval_divergence", "eval_cross_entropy", "eval_rouge_l"]
+    names = [name for name in names if any(name in line for line in last.values())]
+    rows = [["stage", "step", *names]]
+    rows += [
+        [str(stage), str(line["step"]), *(f"{line[name]:.4g}" if name in line else "" for name in names)]
+        for stage, line in sorted(last.items())
+    ]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return _TEXT.format(
+        divergence=", ".join(dict.fromkeys(map(repr, trainer.divergences))),
+        squared=", multiplied by the squared temperature" if args.scale_by_temperature else "",
+        batch_size=trainer.batch_size,
+        on_policy=f", {args.on_policy:.0%} of them with responses of the student's own" if args.on_policy else "",
+        table=trainer.curriculum.describe(trainer.subsets, trainer.batch_size, args.learning_rate),
+        results="\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n",
+    )
