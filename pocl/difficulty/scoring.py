@@ -192,8 +192,7 @@ def _score_shards(
 ) -> int:
     """Scores what this process has to and is not there yet; returns the number of shards of all processes."""
     num_shards = 0
-    total = len(dataset) if hasattr(dataset, "__len__") else None
-    with _Progress(total, processes, progress) as bar:
+    with _Progress(_share(dataset, shard_size, processes), processes, progress) as bar:
         for index, rows in split_into_shards(dataset, shard_size):
             num_shards += 1
             if index % processes.size != processes.rank:
@@ -207,6 +206,14 @@ def _score_shards(
             store.save(index, mark, scorer(samples, bar.advance))
             bar.advance(len(raw) - len(samples), 0)
     return num_shards
+
+
+def _share(dataset: Any, shard_size: int, processes: Processes) -> int | None:
+    """Rows that fall to this process, None for a stream."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    starts = range(processes.rank * shard_size, len(dataset), processes.size * shard_size)
+    return sum(min(shard_size, len(dataset) - start) for start in starts)
 
 
 def _check_sizes(**sizes: int | None) -> None:
@@ -277,9 +284,8 @@ class _Progress:
     def __init__(self, total: int | None, processes: Processes, progress: bool) -> None:
         from tqdm.auto import tqdm
 
-        share = None if total is None else -(-total // processes.size)
         label = "scoring" if processes.size == 1 else f"scoring (1 of {processes.size} processes)"
-        self.bar = tqdm(total=share, desc=label, unit=" samples", disable=not progress or processes.rank > 0)
+        self.bar = tqdm(total=total, desc=label, unit=" samples", disable=not progress or processes.rank > 0)
         self.tokens, self.start = 0, time.monotonic()
 
     def __enter__(self) -> _Progress:
