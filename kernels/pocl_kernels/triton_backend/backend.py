@@ -49,6 +49,8 @@ def linear_divergence(
         teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, NO_GRADIENTS)
         group = VocabularyGroup(plan.process_group, V, device) if plan.process_group else None
         chunks = Chunks(labels, student_hidden.shape[0], plan.ignore_index)
+        if group is not None and chunks.labels is not None:
+            low.check_labels(chunks.labels, V, group)
         scale = chunks.gather(row_scale)
         size = chunk_rows(chunks.count, [student, teacher], plan.workspace_mb)
         if plan.memory == "low":

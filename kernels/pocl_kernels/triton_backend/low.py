@@ -115,6 +115,13 @@ def at_once(
     return results, _over(student, group)
 
 
+def check_labels(labels: Tensor, V: int, group: VocabularyGroup) -> None:
+    """Every label must lie in the share of one process, or the device raises."""
+    inside = (labels >= group.offset) & (labels < group.offset + V)
+    owners = group.sum(inside.to(torch.int32))
+    torch._assert_async((owners == 1).all(), "labels contain one that no process's share of the vocabulary holds")
+
+
 def _second_pass(
     tiles: Iterable[Tile], state: Tensor, task: Task, group: VocabularyGroup | None
 ) -> tuple[Tensor, Tensor]:
