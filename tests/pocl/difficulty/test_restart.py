@@ -1,7 +1,6 @@
 """A scoring run that is cut off, damaged, streamed or shared among processes ends in the same bytes."""
 
 import errno
-import json
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+import pocl.difficulty.measure as measure_module
 import pocl.difficulty.store as store_module
 from pocl.data import load_examples
 from pocl.difficulty import score
@@ -124,11 +124,15 @@ def test_a_stream_is_scored_like_a_table(
 def test_rows_that_fit_are_kept_from_the_first_run(
     model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocl.difficulty.scoring.rows_that_fit", lambda *_, **__: 3)
-    _score(model, tiny_tokenizer, examples.select(range(10)), tmp_path)
-    monkeypatch.setattr("pocl.difficulty.scoring.rows_that_fit", lambda *_, **__: 5)
-    _score(model, tiny_tokenizer, examples.select(range(10)), tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text())["found"] == {"rows": 3}
+    slots: list[int] = []
+    engine = measure_module.SlotEngine
+    spy = lambda *args, **options: slots.append(options["slots"]) or engine(*args, **options)  # noqa: E731
+    monkeypatch.setattr(measure_module, "SlotEngine", spy)
+    for fits in (3, 5):
+        monkeypatch.setattr("pocl.difficulty.scoring.rows_that_fit", lambda *_, fits=fits, **__: fits)
+        _score(model, tiny_tokenizer, examples.select(range(10)), tmp_path)
+        (tmp_path / "shards" / "00000.parquet").unlink()
+    assert slots == [3, 3, 3]  # two shards in the first run, one in the second
 
 
 @pytest.mark.usefixtures("whole")
