@@ -221,7 +221,7 @@ def run_trl(data: str, steps: int, batch_size: int, max_length: int) -> dict[str
 
     class Stamp(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            stamps.append(time.perf_counter())
+            stamps.append(now())
 
     with tempfile.TemporaryDirectory() as folder:
         args = GKDConfig(

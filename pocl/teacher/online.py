@@ -52,9 +52,10 @@ class OnlineTeacher:
         return self.head.weight.device
 
     def to(self, device: torch.device | str) -> OnlineTeacher:
-        """Move the model, in place."""
-        self.model.to(device)
-        self.head = heads.head_of(self.model)
+        """Move the model, in place; one that is there already, or spread over devices, is left alone."""
+        if self.device.type != torch.device(device).type:
+            self.model.to(device)
+            self.head = heads.head_of(self.model)
         return self
 
     @torch.no_grad()

@@ -99,6 +99,8 @@ class POCLTrainer(StagedTrainer):
         if self.curriculum.optimizer == "carried" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("optimizer='carried' works without sharding only; use optimizer='fresh' or DDP")
         self.model_accepts_loss_kwargs = True
+        if teacher is not None and hasattr(teacher, "to"):
+            teacher.to(args.device)
         self.progress = RunProgress(args.output_dir)
         self.figures, self.eval_figures = Figures(self.accelerator), Figures(self.accelerator)
         self.guard = FiniteLossGuard()

@@ -51,6 +51,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def unseen_rows() -> list[dict[str, Any]]:
+    return random_rows(7, seed=9)
+
+
+@pytest.fixture
 def subsets(rows: list[dict[str, Any]]) -> list[int]:
     return [i % 3 for i in range(len(rows))]
 

@@ -101,9 +101,9 @@ def result(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "stage-1" / "student" / "model.safetensors")
 
 
-def losses(folder: Path) -> list[float]:
+def figures(folder: Path) -> list[float]:
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [line[name] for line in lines for name in ("loss", "divergence", "eval_loss") if name in line]
+    return [line[name] for line in lines for name in ("loss", "divergence", "eval_loss", "grad_norm") if name in line]
 
 
 @pytest.fixture
@@ -132,7 +132,8 @@ def test_two_processes_reach_the_weights_of_one(
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # gradient norms, as AdamW and clipping hide a wrong scale
+    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-4)
 
 
 @pytest.mark.parametrize("sharded", [False, True])

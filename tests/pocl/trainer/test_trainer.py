@@ -73,6 +73,9 @@ def test_weights_do_not_depend_on(how: str, student, teacher, config, rows, subs
             per_device_train_batch_size=per_device,
             gradient_accumulation_steps=accumulation,
             packing=packing,
+            optim="sgd",  # AdamW and clipping would hide a wrong scale
+            learning_rate=3e-2,
+            max_grad_norm=0.0,
         )
         curriculum = Curriculum.baby_step(2, epochs=1)
         make(
@@ -88,6 +91,17 @@ def test_weights_do_not_depend_on(how: str, student, teacher, config, rows, subs
     }[how]()
     assert not torch.equal(base, weights(student))
     torch.testing.assert_close(base, other, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_without_a_prompt_do_not_predict_one_another(student, teacher, config, rows) -> None:
+    whole = [{**row, "labels": list(row["input_ids"])} for row in rows]
+    curriculum = Curriculum.constant(num_subsets=1)
+    padded, packed = (
+        make(student, teacher, config(packing=packing), whole, curriculum=curriculum).evaluate(whole)
+        for packing in (False, True)
+    )
+    for name in ("eval_loss", "eval_cross_entropy", "eval_divergence"):
+        assert packed[name] == pytest.approx(padded[name], rel=1e-5)
 
 
 def test_a_model_that_mixes_packed_rows_is_padded_or_refused(teacher, config, rows) -> None:
