@@ -40,10 +40,10 @@ def plan(recipe: Recipe) -> Plan:
     subsets = None if count is None else [min(i * parts // count, parts - 1) for i in range(count)]
     stages = curriculum.table(subsets, training.batch_size * training.gradient_accumulation_steps)
     passes = teacher_passes(recipe)
-    mode = recipe.teacher_cache.mode
-    teacher = (
-        f"runs once, its hidden states serve all {passes:.3g} passes over the samples"
-        if mode == "cached" or (mode == "auto" and passes > 1)
-        else f"runs at every step, {passes:.3g} passes over the samples"
-    )
+    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
+    cached = mode == "cached" or (mode == "auto" and passes > 1 and not on_policy)
+    rounds = f"{passes:.3g} passes over the samples"
+    teacher = f"runs once, its hidden states serve all {rounds}" if cached else f"runs at every step, {rounds}"
+    if on_policy and cached:
+        teacher += ", and again for responses that the student samples"
     return Plan([(step.name, step.why) for step in build_steps(recipe)], stages, count, unread, teacher)

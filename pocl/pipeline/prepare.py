@@ -131,7 +131,9 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     dtype = getattr(torch, section.dtype) if section.dtype else teacher.dtype
     size = HiddenStateCache.estimate_bytes(rows, teacher.config.get_text_config().hidden_size, dtype)
     if section.mode == "auto":
-        choice = choose_teacher(teacher_passes(context.recipe), size, shutil.disk_usage(context.path).free)
+        free = shutil.disk_usage(context.path).free
+        on_policy = context.recipe.on_policy.share > 0
+        choice = choose_teacher(teacher_passes(context.recipe), size, free, on_policy=on_policy)
         if not choice.cached:
             return {"cached": False, "note": f"{choice.reason[:1].upper()}{choice.reason[1:]}."}
     cache = HiddenStateCache.build(

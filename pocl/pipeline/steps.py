@@ -87,7 +87,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             train_curriculum,
             outputs=["training", "student"],
             needs=[*before, RANKING],
-            settings={**_part(values, "curriculum", "loss", "training"), **seed},
+            settings={**_part(values, "curriculum", "loss", "on_policy", "training"), **seed},
         ),
     ]
     if recipe.data.num_test:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pocl.curriculum import Curriculum, Stage, per_stage
 from pocl.pipeline.context import Context, read_parquet, write_parquet
 from pocl.recipe import Recipe
+from pocl.run_folder import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,13 +77,14 @@ def divergence_of(recipe: Recipe) -> Divergence:
     return DIVERGENCES[loss.divergence](**parameters)
 
 
-def teacher_for_training(context: Context) -> Teacher:
-    """The cached teacher if the run has a cache, else the model itself."""
+def teacher_for_training(context: Context, *, on_policy: bool = False) -> Teacher:
+    """The cached teacher if the run has a cache, with the model behind it for sampled responses; else the model."""
     from pocl.teacher import HiddenStateCache, OnlineTeacher
 
-    if context.summaries.get("teacher-cache", {}).get("cached"):
-        return HiddenStateCache.open(context.path / "teacher-cache")
-    return OnlineTeacher(context.teacher())
+    if not context.summaries.get("teacher-cache", {}).get("cached"):
+        return OnlineTeacher(context.teacher())
+    fallback = OnlineTeacher(context.teacher()) if on_policy else None
+    return HiddenStateCache.open(context.path / "teacher-cache", fallback=fallback)
 
 
 def warm_up(context: Context) -> Mapping[str, Any]:
@@ -101,7 +103,7 @@ def warm_up(context: Context) -> Mapping[str, Any]:
         divergence="fkl",
     )
     trainer.train()
-    _save(trainer.model, context, folder / "student")
+    _save(trainer, folder / "student")
     _remove_stages(folder)
     return {"steps": trainer.state.global_step, "note": _loss_note(folder)}
 
@@ -164,9 +166,13 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
         subsets=subsets,
         curriculum=curriculum,
         divergence=divergence_of(recipe),
+        on_policy=recipe.on_policy.share,
+        on_policy_max_new_tokens=recipe.on_policy.max_new_tokens,
+        on_policy_temperature=recipe.on_policy.temperature,
+        on_policy_replay=recipe.on_policy.replay,
     )
     trainer.train()
-    _save(trainer.model, context, context.path / "student")
+    _save(trainer, context.path / "student", title=recipe.name)
     _remove_stages(folder)
     return {
         "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
@@ -183,7 +189,9 @@ def _trainer(
     subsets: Sequence[int],
     curriculum: Curriculum,
     divergence: str | Divergence,
+    **options: Any,
 ) -> Any:
+    """A trainer with the recipe's settings; `options` are further ones of `POCLConfig`."""
     from pocl.trainer import POCLConfig, POCLTrainer
 
     recipe = context.recipe
@@ -212,11 +220,12 @@ def _trainer(
         seed=recipe.seed,
         disable_tqdm=False,  # transformers would derive it from its log level
         **_checkpointing(training.activation_checkpointing),
+        **options,
     )
     measures_answers = evaluates and training.metric == "rouge_l"
     return POCLTrainer(
         model,
-        teacher_for_training(context),
+        teacher_for_training(context, on_policy=options.get("on_policy", 0) > 0),
         config,
         rows,
         subsets,
@@ -257,12 +266,16 @@ def _answer_metric(context: Context) -> Any:
     return measure
 
 
-def _save(model: Any, context: Context, folder: Path) -> None:
-    """Write a model and its tokenizer so that the folder is there in full or not at all."""
+def _save(trainer: Any, folder: Path, *, title: str | None = None) -> None:
+    """Write the student, its tokenizer and, under a title, a card; the folder is there in full or not at all."""
+    from pocl.trainer.card import distillation_section
+    from pocl.trainer.weights import save_weights
+
     scratch = folder.with_name(f".{folder.name}-writing")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    context.tokenizer().save_pretrained(scratch)
+    save_weights(trainer, scratch)
+    if title:
+        write_text(scratch / "README.md", f"# {title}\n{distillation_section(trainer)}")
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
 

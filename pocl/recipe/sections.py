@@ -198,6 +198,19 @@ class LossSection(Section):
     """Multiply the divergence by the squared temperature, so that its gradient keeps its size."""
 
 
+class OnPolicySection(Section):
+    """Training on the student's own answers in place of the reference ones, as GKD and DistiLLM do."""
+
+    share: Fraction = 0.0
+    """Share of the batches whose responses are sampled from the student. Above 0 the teacher runs for those batches."""
+    max_new_tokens: PositiveInt = 128
+    """Longest sampled response."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature."""
+    replay: NonNegativeInt = 0
+    """Sampled rows that each process keeps to use again within a stage."""
+
+
 class TrainingSection(Section):
     """The optimisation of warm-up and stages alike."""
 
@@ -227,7 +240,7 @@ class TeacherCacheSection(Section):
     """Whether the teacher runs once (its hidden states kept on disk) or at every step."""
 
     mode: Literal["auto", "cached", "online"] = "auto"
-    """auto: cached where samples are seen more than once and the disk has room."""
+    """auto: cached where samples are seen more than once, all from the data, and the disk has room."""
     dtype: Dtype | None = None
     """Number format on disk. Empty: the teacher's, which loses nothing."""
     batch_tokens: PositiveInt = 4096
@@ -266,6 +279,7 @@ class Recipe(Section):
     ranking: RankingSection = RankingSection()
     curriculum: CurriculumSection = CurriculumSection()
     loss: LossSection = LossSection()
+    on_policy: OnPolicySection = OnPolicySection()
     training: TrainingSection = TrainingSection()
     teacher_cache: TeacherCacheSection = TeacherCacheSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -216,6 +216,14 @@ def test_a_student_of_ones_own_and_a_single_stage_without_held_out_samples(
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
+def test_batches_may_hold_responses_that_the_student_samples(recipe: Path, tmp_path: Path) -> None:
+    words = ["--on_policy.share", "0.5", "--on_policy.max_new_tokens", "6", "--teacher_cache.mode", "cached"]
+    words += ["--warmup.epochs", "0", "--data.num_test", "0", "--training.metric", "loss"]
+    result = pocl("distill", recipe, *words)
+    assert result.exit_code == 0, result.output
+    assert "50% of them with responses of the student's own" in (tmp_path / "run" / "student" / "README.md").read_text()
+
+
 def test_dry_run_prints_the_stages_and_writes_nothing(recipe: Path, tmp_path: Path) -> None:
     result = pocl("distill", recipe, "--dry-run")
     assert result.exit_code == 0
