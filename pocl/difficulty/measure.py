@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl.difficulty.samples import Sample
-from pocl.generation import GenerationSettings, Prefilled, Request, SlotEngine, prefill
+from pocl.generation import GenerationSettings, Prefilled, Request, SlotEngine, maskable_attention, prefill
 from pocl.generation.fallback import answer_in_batches
 from pocl.generation.settings import check_prompts, context_length
 from pocl.heads import head_of, hidden_states
@@ -145,7 +145,7 @@ def scores_and_answers(
             del hidden
             yield ready
 
-    with _evaluating(model, teacher):
+    with _evaluating(model, teacher), maskable_attention(model):
         engine = SlotEngine(
             model,
             answering.settings,

@@ -18,7 +18,7 @@ from pocl.generation.fallback import answer_in_batches
 from pocl.generation.memory import rows_that_fit
 from pocl.generation.sampling import NgramBan, choose, uniforms
 from pocl.generation.settings import GenerationSettings, Request, check_prompts, end_tokens
-from pocl.generation.slots import Prefilled, SlotEngine, prefill, slots_agree
+from pocl.generation.slots import Prefilled, SlotEngine, maskable_attention, prefill, slots_agree
 
 __all__ = [
     "BACKENDS",
@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "end_tokens",
     "generate",
+    "maskable_attention",
     "prefill",
     "resolve_backend",
     "rows_that_fit",
@@ -129,8 +130,16 @@ def _answers(
     rows = min(batch_size or rows_that_fit(model, longest + settings.max_new_tokens), len(requests))
     if resolve_backend(model, backend) == "transformers":
         return answer_in_batches(model, requests, settings, eos_token_ids=eos_token_ids, batch_size=rows)
-    engine = SlotEngine(model, settings, eos_token_ids=eos_token_ids, slots=rows, max_prompt=longest)
-    return engine.run(_prompt_batches(model, requests))
+    return _answers_from_slots(model, requests, settings, eos_token_ids, rows)
+
+
+def _answers_from_slots(
+    model: nn.Module, requests: Sequence[Request], settings: GenerationSettings, eos_token_ids: Sequence[int], rows: int
+) -> Iterator[tuple[int, list[int]]]:
+    longest = max(len(r.prompt) for r in requests)
+    with maskable_attention(model):
+        engine = SlotEngine(model, settings, eos_token_ids=eos_token_ids, slots=rows, max_prompt=longest)
+        yield from engine.run(_prompt_batches(model, requests))
 
 
 def _prompt_batches(model: nn.Module, requests: Sequence[Request]) -> Iterable[Prefilled]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pocl.generation.sampling import NgramBan, choose, uniforms
 from pocl.generation.settings import GenerationSettings, Request, context_length, text_config
-from pocl.heads import backbone_of, head_of, project
+from pocl.heads import backbone_of, head_of, project, unwrapped
 
 # Positions in use are rounded up to this, so that attention works on whole vectors.
 _WIDTH_MULTIPLE = 16
+# Implementations of attention in transformers that take a mask of one row a sample.
+_MASKABLE = ("sdpa", "eager", None)
 
 
 @dataclass
@@ -279,6 +282,21 @@ class SlotEngine:
         return added if len(added) > 1 else next(iter(added.values()))
 
 
+@contextmanager
+def maskable_attention(model: nn.Module) -> Iterator[None]:
+    """Attention that takes the engine's masks: flash kernels, which take none, give way to PyTorch's own meanwhile."""
+    inner: Any = unwrapped(model)
+    current = getattr(inner.config, "_attn_implementation", None)
+    if current in _MASKABLE or not hasattr(inner, "set_attn_implementation"):
+        yield
+        return
+    inner.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(current)
+
+
 @torch.inference_mode()
 def slots_agree(model: nn.Module, tolerance: float = 1e-3) -> bool:
     """Whether two steps of the engine give the hidden states of whole forward passes: a trial with two prompts.
@@ -293,15 +311,16 @@ def slots_agree(model: nn.Module, tolerance: float = 1e-3) -> bool:
     requests = [Request(i, i, text[:-2]) for i, text in enumerate(texts)]
     ids = torch.tensor([texts[0][:-2], [*texts[1][:-2], 0, 0, 0]], device=device)
     try:
-        engine = SlotEngine(model, GenerationSettings(max_new_tokens=3), eos_token_ids=[], slots=2, max_prompt=5)
-        engine.place(prefill(model, requests, ids)[1], 0, 2)
-        for step in (-2, -1):
-            ours = engine.forward([text[step] for text in texts])
-            for row, text in enumerate(texts):
-                whole = torch.tensor([text[: len(text) + 1 + step]], device=device)
-                expected = engine.backbone(input_ids=whole, use_cache=False)[0][0, -1]
-                if not (ours[row] - expected).abs().max() <= tolerance * expected.abs().max():
-                    return False
+        with maskable_attention(model):
+            engine = SlotEngine(model, GenerationSettings(max_new_tokens=3), eos_token_ids=[], slots=2, max_prompt=5)
+            engine.place(prefill(model, requests, ids)[1], 0, 2)
+            for step in (-2, -1):
+                ours = engine.forward([text[step] for text in texts])
+                for row, text in enumerate(texts):
+                    whole = torch.tensor([text[: len(text) + 1 + step]], device=device)
+                    expected = engine.backbone(input_ids=whole, use_cache=False)[0][0, -1]
+                    if not (ours[row] - expected).abs().max() <= tolerance * expected.abs().max():
+                        return False
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     return True

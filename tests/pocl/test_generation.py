@@ -139,6 +139,22 @@ def test_slots_serve_other_families_beyond_their_windows(
     assert _generate(model, short, settings, batch_size=5) == _one_by_one(model, short, max_new_tokens=10)
 
 
+def test_attention_that_takes_no_mask_gives_way_and_comes_back(
+    make_tiny_model: Callable[..., Any], prompts: list[list[int]]
+) -> None:
+    from transformers import AttentionInterface
+
+    def without_masks(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        raise TypeError("this kernel takes no mask")
+
+    AttentionInterface.register("without_masks", without_masks)
+    model, plain = make_tiny_model(seed=3), make_tiny_model(seed=3)
+    model.set_attn_implementation("without_masks")
+    settings = GenerationSettings(max_new_tokens=4)
+    assert _generate(model, prompts, settings) == _generate(plain, prompts, settings)
+    assert model.config._attn_implementation == "without_masks"
+
+
 @pytest.mark.parametrize(("config", "options"), [f[1:] for f in WITHOUT_SLOTS], ids=[f[0] for f in WITHOUT_SLOTS])
 def test_families_without_slots_are_found_out_and_still_answer(
     config: str, options: dict[str, Any], prompts: list[list[int]], caplog: pytest.LogCaptureFixture
