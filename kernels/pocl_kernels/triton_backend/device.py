@@ -22,9 +22,9 @@ def tanh(x):
 
 @triton.jit
 def cap(z, softcap):
-    """Gemma's soft cap; ``softcap`` None: none."""
+    """Gemma's soft cap; ``softcap`` None: none. z - z is NaN where z is infinite: a broken logit stays broken."""
     if softcap is not None:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z / softcap) + (z - z)
     return z
 
 

@@ -32,7 +32,7 @@ from pocl_kernels.triton_backend.state import (
 def transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     """A head's transform after the projection."""
     z = scale * (z if bias is None else z + bias[: z.shape[1]])
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z if softcap is None else softcap * torch.tanh(z / softcap) + (z - z)
 
 
 def statistics(
