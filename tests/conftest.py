@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -51,8 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def tiny_tokenizer(shared_tokenizer: Any) -> Any:
+    """A tokenizer of the test's own, which it may change; see `shared_tokenizer`."""
+    return copy.deepcopy(shared_tokenizer)
+
+
 @pytest.fixture(scope="session")
-def tiny_tokenizer() -> Any:
+def shared_tokenizer() -> Any:
     """A word-level tokenizer over 1,000 words: `w0` ... `w996` and <pad> = 0, <eos> = 1, <unk> = 2.
 
     Words are split at spaces and punctuation; anything else is <unk>. No token is added, none is changed in case.
@@ -107,14 +114,14 @@ def make_tiny_model() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def make_tiny_folder(
-    tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any
+    tmp_path_factory: pytest.TempPathFactory, make_tiny_model: Callable[..., Any], shared_tokenizer: Any
 ) -> Callable[..., Path]:
     """A factory: `make_tiny_folder(**options of make_tiny_model)` -> saved model and tokenizer."""
 
     def make(**options: Any) -> Path:
         folder = tmp_path_factory.mktemp("tiny-model")
         make_tiny_model(**options).save_pretrained(folder)
-        tiny_tokenizer.save_pretrained(folder)
+        shared_tokenizer.save_pretrained(folder)
         return folder
 
     return make
