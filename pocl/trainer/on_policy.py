@@ -25,6 +25,8 @@ from pocl.teacher.batches import rows_of
 from pocl.trainer.progress import write_atomically
 from pocl.trainer.sampler import derived_seed
 
+_DUMMY: dict[str, Any] = {"sample_id": -1, "input_ids": [0]}
+
 
 class OnPolicy:
     """Replaces batches by what the student says to their prompts.
@@ -33,8 +35,8 @@ class OnPolicy:
         probability: share of batches that are replaced.
         max_new_tokens: limit of a response.
         temperature: of sampling; 1 samples the student's distribution.
-        replay_capacity: rows kept for use again; 0 samples anew every time. From a buffer that holds a batch, every
-            other replaced batch is drawn.
+        replay_capacity: rows kept for use again; 0 samples anew every time. With a buffer, every other replaced batch
+            is drawn from it.
         eos_token_id: ends a response.
         pad_token_id: pads prompts on the left.
         collator: makes a batch of rows.
@@ -59,6 +61,7 @@ class OnPolicy:
         self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
         self.collator, self.rank, self.seed = collator, rank, seed
         self.replay: deque[dict[str, Any]] = deque(maxlen=replay_capacity)
+        self.rounds = 0  # of sampling, the same on every process
 
     @classmethod
     def of(cls, trainer: Any) -> OnPolicy:
@@ -88,14 +91,16 @@ class OnPolicy:
         if chance.random() >= self.probability:
             return dict(batch)
         prompts = [row for row in map(_prompt, rows_of(batch)) if row["input_ids"]]
-        if not prompts:
-            return dict(batch)
-        draws = chance.random() < 0.5
-        if draws and len(self.replay) >= len(prompts):
-            rows = random.Random(derived_seed(self.seed, self.rank, *place)).sample(list(self.replay), len(prompts))
+        own_seed = derived_seed(self.seed, self.rank, *place)
+        if self.replay.maxlen and self.rounds and chance.random() < 0.5:
+            rows = random.Random(own_seed).choices(list(self.replay), k=len(prompts)) if self.replay else []
         else:
-            rows = self.sample(model, prompts, derived_seed(self.seed, self.rank, *place))
+            # a process whose rows are all fillers samples too, and throws it away: sharded students run together
+            rows = self.sample(model, prompts or [_DUMMY], own_seed)[: len(prompts)]
+            self.rounds += 1
             self.replay.extend(rows)
+        if not rows:
+            return dict(batch)
         device = batch["input_ids"].device
         return {name: value.to(device) for name, value in self.collator(rows).items()}
 
@@ -143,14 +148,18 @@ class OnPolicy:
     def save(self, checkpoint: Path) -> None:
         """Keep the buffer with a checkpoint."""
         if self.replay.maxlen:
-            write_atomically(checkpoint / f"replay-{self.rank}.json", json.dumps(list(self.replay)))
+            content = {"rounds": self.rounds, "rows": list(self.replay)}
+            write_atomically(checkpoint / f"replay-{self.rank}.json", json.dumps(content))
 
     def load(self, checkpoint: Path | None) -> None:
         """Take the buffer of a checkpoint; without one it is empty."""
         self.replay.clear()
+        self.rounds = 0
         path = None if checkpoint is None else checkpoint / f"replay-{self.rank}.json"
         if path is not None and path.exists():
-            self.replay.extend(json.loads(path.read_text("utf-8")))
+            content = json.loads(path.read_text("utf-8"))
+            self.rounds = content["rounds"]
+            self.replay.extend(content["rows"])
 
 
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:

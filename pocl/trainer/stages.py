@@ -138,6 +138,8 @@ class StagedTrainer(Trainer):
         self.args.load_best_model_at_end &= last or self.curriculum.start == "best"
         set_seed(derived_seed(base_args.seed, stage.index))
         self.optimizer, self.lr_scheduler = None, None
+        if self.is_deepspeed_enabled:  # its engine owns the optimizer, so a fresh optimizer needs a fresh engine
+            self.model_wrapped, self.deepspeed = self.model, None
         self.figures.clear()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):

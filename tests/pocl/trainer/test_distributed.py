@@ -21,6 +21,16 @@ transformers = pytest.importorskip("transformers")
 CURRICULUM = Curriculum.baby_step(2, epochs=2)
 
 
+class Tokenizer:
+    """What the trainer asks of a tokenizer."""
+
+    pad_token_id = 0
+    eos_token_id = 2
+
+    def save_pretrained(self, folder: Any) -> None:
+        pass
+
+
 class Kill(transformers.TrainerCallback):
     """Kill all processes after a step of the second stage."""
 
@@ -30,7 +40,9 @@ class Kill(transformers.TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder: Path, pair: tuple[Any, Any], rows: Any, *, sharded: bool, killed: bool = False, **sizes: int) -> None:
+def train(
+    folder: Path, pair: tuple[Any, Any], rows: Any, *, sharded: bool, killed: bool = False, **settings: Any
+) -> None:
     from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 
     from pocl.trainer import POCLConfig, POCLTrainer
@@ -49,7 +61,7 @@ def train(folder: Path, pair: tuple[Any, Any], rows: Any, *, sharded: bool, kill
         eval_strategy="steps",
         eval_steps=3,
         disable_tqdm=True,
-        **sizes,
+        **settings,
         **fsdp,
     )
     if sharded:  # accelerate shards on GPUs only; the code behind is the same for gloo on CPUs
@@ -63,6 +75,7 @@ def train(folder: Path, pair: tuple[Any, Any], rows: Any, *, sharded: bool, kill
         subsets=[i % 2 for i in range(len(rows))],
         curriculum=CURRICULUM,
         eval_dataset=rows[:5],
+        processing_class=Tokenizer(),
         callbacks=[Kill()] if killed else None,
     )
     trainer.train()
@@ -134,6 +147,20 @@ def test_two_processes_reach_the_weights_of_one(
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
     # gradient norms, as AdamW and clipping hide a wrong scale
     assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-4)
+
+
+def test_processes_sample_together_though_one_may_have_fillers_only(
+    tmp_path: Path, student: Any, teacher: Any, rows: Any
+) -> None:
+    settings = {
+        "on_policy": 0.7,
+        "on_policy_max_new_tokens": 3,
+        "on_policy_replay": 9,
+        "per_device_train_batch_size": 2,
+    }
+    for engine, sharded in (("ddp", False), ("fsdp2", True)):
+        assert start_two(tmp_path / engine, (student, teacher), rows, sharded=sharded, **settings) == [0, 0]
+    assert figures(tmp_path / "fsdp2") == pytest.approx(figures(tmp_path / "ddp"), rel=1e-4)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
