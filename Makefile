@@ -72,7 +72,7 @@ docs: $(SETUP)  ## write the generated parts of the documentation
 	$(PY) docs/generate.py
 
 bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
-	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(ARGS)
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m 'not gpu' $(ARGS)
 
 mutations: $(SETUP)  ## break the kernels in many ways and show that the tests notice each (minutes)
 	$(PY) benchmarks/mutations.py $(ARGS)
