@@ -123,6 +123,22 @@ def shifted_labels(labels: Tensor) -> Tensor:
     return aligned
 
 
+def label_positions(batch: Mapping[str, Tensor]) -> Tensor:  # [N] int64
+    """Places, in the flattened batch, of the positions that predict a label: row-major, on the device of the labels.
+
+    A loader may have found them before (`label_positions`): finding them on a GPU makes the host wait for it.
+    """
+    known = batch.get("label_positions")
+    if known is not None:
+        return known.to(batch["labels"].device)
+    return (shifted_labels(batch["labels"]).flatten() != IGNORE_INDEX).nonzero().flatten()
+
+
+def at_positions(states: Tensor, positions: Tensor) -> Tensor:
+    """Rows [N, H] of hidden states [B, L, H] at flattened positions [N]."""
+    return states.flatten(0, 1).index_select(0, positions)
+
+
 def verify_head(model: nn.Module, tolerance: float = 1e-3, length: int = 8) -> None:
     """Compare `head_of` and `hidden_states` with the model's own logits on a few tokens, without gradients.
 

@@ -246,25 +246,6 @@ class HiddenStateCache:
         return cls.open(path)
 
 
-class AttachTeacher:
-    """A collator that adds `teacher_hidden` to what another collator makes, in the loader's worker.
-
-    Args:
-        collator: takes rows, gives a batch.
-        cache: where the rows are looked up; with a fallback, a batch that is not in it is left as it is.
-    """
-
-    def __init__(self, collator: Callable[[Any], dict[str, Any]], cache: HiddenStateCache) -> None:
-        self.collator, self.cache = collator, cache
-        self.strict = cache.fallback is None
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch = self.collator(rows)
-        if not self.strict and not self.cache.contains(rows):
-            return batch
-        return {**batch, "teacher_hidden": self.cache.rows(rows)}
-
-
 def _plan(
     shards: Sequence[ShardPlan],
     online: OnlineTeacher,

@@ -64,5 +64,4 @@ class OnlineTeacher:
         source = batch["input_ids"].device
         inputs = {name: batch[name].to(self.device) for name in heads.MODEL_INPUTS if batch.get(name) is not None}
         hidden = heads.hidden_states(self.model, **inputs)
-        chosen = heads.shifted_labels(batch["labels"].to(self.device)) != heads.IGNORE_INDEX
-        return hidden[chosen].to(source)
+        return heads.at_positions(hidden, heads.label_positions(batch).to(self.device)).to(source)

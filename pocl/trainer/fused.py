@@ -19,6 +19,7 @@ class DistillationLossCall:
 
     Attributes:
         labels: [B, L] in the Hugging Face convention.
+        positions: [N] places of the positions that predict a label, in the flattened batch.
         teacher_hidden: [N, H_t] of the N positions that predict a label; None trains on the labels alone.
         teacher_head: the teacher's projection; None together with `teacher_hidden`.
         divergence, temperature, scale_by_temperature, kd_ratio: of the stage.
@@ -26,6 +27,7 @@ class DistillationLossCall:
     """
 
     labels: Tensor
+    positions: Tensor
     teacher_hidden: Tensor | None
     teacher_head: Head | None
     divergence: Divergence
@@ -36,9 +38,8 @@ class DistillationLossCall:
 
     def __call__(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         """Loss and figures of hidden states [B, L, H]; all divided by the normaliser, all but `loss` detached."""
-        labels = heads.shifted_labels(self.labels)
-        chosen = labels != heads.IGNORE_INDEX
-        hidden, labels = hidden[chosen], labels[chosen]
+        hidden = heads.at_positions(hidden, self.positions)
+        labels = heads.shifted_labels(self.labels).flatten().index_select(0, self.positions)
         if self.teacher_hidden is None or self.teacher_head is None:
             loss = fused_linear_cross_entropy(hidden, head, labels, reduction="mean", normalizer=self.normalizer)
             return {"loss": loss, "cross_entropy": loss.detach()}

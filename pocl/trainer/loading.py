@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pocl.heads import IGNORE_INDEX
+from pocl.heads import IGNORE_INDEX, label_positions
 from pocl.teacher import HiddenStateCache
-from pocl.teacher.cache import AttachTeacher
 from pocl.trainer.sampler import StageRows, StageSampler
 
 
@@ -39,6 +38,28 @@ class PackedCollator:
         }
 
 
+class CollatorWithLookups:
+    """Adds to a batch, in the loader's worker, what would make the training step wait.
+
+    `label_positions` [N], see `heads.label_positions`; and from a cache `teacher_hidden` [N, H_t].
+
+    Args:
+        collator: takes rows, gives a batch.
+        cache: where the rows are looked up; with a fallback, a batch that is not in it gets no states.
+    """
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], cache: HiddenStateCache | None) -> None:
+        self.collator, self.cache = collator, cache
+        self.strict = cache is None or cache.fallback is None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(rows)
+        batch["label_positions"] = label_positions(batch)
+        if self.cache is not None and (self.strict or self.cache.contains(rows)):
+            batch["teacher_hidden"] = self.cache.rows(rows)
+        return batch
+
+
 def make_loader(
     trainer: Any, rows: StageRows, batch_size: int, *, order: str = "sequential", **of_sampler: Any
 ) -> DataLoader:
@@ -49,9 +70,8 @@ def make_loader(
         batch_size: rows of one process and forward pass.
         order, of_sampler: of `StageSampler`.
     """
-    args, collator = trainer.args, trainer.data_collator
-    if isinstance(trainer.teacher, HiddenStateCache):
-        collator = AttachTeacher(collator, trainer.teacher)
+    args = trainer.args
+    cache = trainer.teacher if isinstance(trainer.teacher, HiddenStateCache) else None
     if order == "group_by_length":
         of_sampler["lengths"] = rows.lengths()
     micro_batch = batch_size * args.world_size if args.world_size > 1 else 1
@@ -59,7 +79,7 @@ def make_loader(
         rows,
         batch_size,
         sampler=StageSampler(len(rows), order=order, micro_batch=micro_batch, **of_sampler),
-        collate_fn=collator,
+        collate_fn=CollatorWithLookups(trainer.data_collator, cache),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,

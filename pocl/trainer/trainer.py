@@ -163,6 +163,7 @@ class POCLTrainer(StagedTrainer):
         teacher = None if self.stage.kd_ratio == 0 else self.teacher
         call = DistillationLossCall(
             labels=inputs["labels"],
+            positions=heads.label_positions(inputs),
             teacher_hidden=None if teacher is None else teacher.hidden_states(inputs),
             teacher_head=None if teacher is None else teacher.head,
             divergence=self.divergences[self.stage.index],
