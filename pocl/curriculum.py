@@ -242,10 +242,22 @@ class Curriculum:
         rows = self.rows(subsets)
         return tuple(s.steps(len(r), batch_size) for s, r in zip(self.stages, rows, strict=True))
 
-    def passes(self, subsets: Sequence[int]) -> float:
-        """How often the average sample is trained on, which is what a teacher cache saves: 20 for the paper's."""
-        rows = self.rows(subsets)
-        return sum(s.epochs * len(r) for s, r in zip(self.stages, rows, strict=True)) / len(subsets)
+    def passes(self, subsets: Sequence[int], batch_size: int | None = None) -> float:
+        """How often the average sample is trained on, which is what a teacher cache saves: 20 for the paper's.
+
+        Args:
+            subsets: the subset of every row.
+            batch_size: samples of one optimizer step; needed where a stage has `max_steps`.
+        """
+        samples = 0
+        for stage, rows in zip(self.stages, self.rows(subsets), strict=True):
+            if stage.max_steps is None:
+                samples += stage.epochs * len(rows)
+            elif batch_size is None:
+                raise ValueError(f"batch_size is needed, as stage {stage.index} has max_steps={stage.max_steps}")
+            else:
+                samples += stage.max_steps * min(batch_size, len(rows))
+        return samples / len(subsets)
 
     def stage_at(self, step: int, stage_steps: Sequence[int] | None = None) -> Stage:
         """The stage of a global optimizer step counted from 0; the last stage goes on for ever.

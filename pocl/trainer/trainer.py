@@ -82,6 +82,10 @@ class POCLTrainer(StagedTrainer):
         self.teacher = teacher
         self.compute_generation_metrics = compute_generation_metrics
         self.subsets = [0] * len(train_dataset) if subsets is None else [int(subset) for subset in subsets]
+        if len(self.subsets) != len(train_dataset):
+            raise ValueError(
+                f"subsets must name the subset of each of the {len(train_dataset)} rows, got {len(self.subsets)}"
+            )
         self.stage_rows = self.curriculum.rows(self.subsets)
         self.stage: Stage = self.curriculum.stages[0]
         if kwargs.get("data_collator") is None:

@@ -79,6 +79,14 @@ def test_steps_match_the_papers_when_the_last_batch_is_counted() -> None:
     assert Curriculum.baby_step().stage_steps(subsets, 64) == (8 * 45, 8 * 90, 8 * 134, 8 * 179)
 
 
+def test_passes_count_steps_where_a_stage_has_them() -> None:
+    curriculum = Curriculum.baby_step(2, epochs=2, max_steps=None)
+    assert curriculum.passes([0, 1] * 5) == 3
+    assert Curriculum.constant(num_subsets=2, max_steps=10).passes([0, 1] * 10, batch_size=4) == 2
+    with pytest.raises(ValueError, match="batch_size is needed"):
+        Curriculum.constant(num_subsets=2, max_steps=10).passes([0, 1] * 10)
+
+
 def test_stage_at_needs_step_counts_where_epochs_are_counted() -> None:
     assert Curriculum.baby_step(2, max_steps=(3, 5)).stage_at(4).index == 1
     with pytest.raises(ValueError, match="stage_steps"):

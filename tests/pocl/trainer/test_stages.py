@@ -247,6 +247,8 @@ def test_bad_setups_are_refused_beforehand(trainer_of, config, teacher, rows) ->
         trainer_of(Curriculum.baby_step(2, patience=1))
     with pytest.raises(ValueError, match="2 samples for 4 stages"):
         trainer_of(Curriculum.baby_step(4), data=rows[:2], subsets=[0, 1])
+    with pytest.raises(ValueError, match="each of the 22 rows, got 3"):
+        trainer_of(Curriculum.baby_step(2), subsets=[0, 1, 1])
     with pytest.raises(ValueError, match="compute_generation_metrics"):
         trainer_of(Curriculum.baby_step(2), compute_metrics=lambda p: {})
     with pytest.raises(ValueError, match="optimizer='carried' needs checkpoints"):
