@@ -85,7 +85,6 @@ def _convert(source: Path, target: Path) -> None:
     del config.quantization_config  # the weights are plain float32 now
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
-    model.tie_weights()
     model.generation_config = quantized.generation_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(target)
@@ -128,7 +127,6 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
         elif int(found[2]) in position:
             state[f"{found[1]}{position[int(found[2])]}{found[3]}"] = tensor
     student.load_state_dict(state)
-    student.tie_weights()
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
 

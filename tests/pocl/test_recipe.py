@@ -105,3 +105,6 @@ def test_every_key_is_described() -> None:
     rows = describe_keys()
     assert [key for key, _, _ in rows] == known_keys()
     assert all(meaning for _, _, meaning in rows)
+    meanings = {key: meaning for key, _, meaning in rows}
+    assert meanings["curriculum.optimizer"].startswith("One of fresh, carried. ")
+    assert meanings["teacher_cache.dtype"].startswith("One of float32, bfloat16, float16. ")

@@ -128,8 +128,9 @@ def test_content_fingerprints_see_contents_not_places(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_text(tmp_path / name / "weights.bin", "a" * (3 << 20))
     assert content_fingerprint(tmp_path / "one") == content_fingerprint(tmp_path / "two")
-    write_text(tmp_path / "two" / "weights.bin", "a" * (3 << 20) + "b")
-    assert content_fingerprint(tmp_path / "one") != content_fingerprint(tmp_path / "two")
+    for changed in ("a" * (3 << 20) + "b", "b" + "a" * ((3 << 20) - 1), "a" * ((3 << 20) - 1) + "b"):
+        write_text(tmp_path / "two" / "weights.bin", changed)
+        assert content_fingerprint(tmp_path / "one") != content_fingerprint(tmp_path / "two")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
