@@ -44,6 +44,7 @@ def linear_divergence(
     process_group: str,
     memory: str,
     state: Tensor | None,  # from a call without gradients, under memory="low"
+    products: str,  # autocast's dtype on a GPU, e.g. "bfloat16"; empty: that of the inputs
 ) -> Seven:
     student_scale, student_softcap, teacher_scale, teacher_softcap = scales_and_softcaps
     plan = Plan(
@@ -59,6 +60,7 @@ def linear_divergence(
         workspace_mb=workspace_mb,
         process_group=process_group,
         memory=memory,
+        products=getattr(torch, products) if products else None,
     )
     rows = backend_module(backend, student_hidden.device).linear_divergence(
         student_hidden,
@@ -100,6 +102,7 @@ def _(
     process_group: str,
     memory: str,
     state: Tensor | None,
+    products: str,
 ) -> Seven:
     dtype = compute_dtype(student_hidden, teacher_hidden)
     rows = student_hidden.shape[0]
@@ -123,10 +126,11 @@ def linear_cross_entropy(
     backend: str,
     memory: str,
     state: Tensor | None,
+    products: str,
 ) -> Five:
     rows = backend_module(backend, hidden.device).linear_cross_entropy(
         hidden, weight, bias, labels, row_scale, ignore_index, scale, softcap or None, workspace_mb,
-        Gradients(*wanted), memory, state,
+        Gradients(*wanted), memory, state, **({"products": getattr(torch, products)} if products else {}),
     )  # fmt: skip
     ce = rows.cross_entropy.clone()
     return ce, *(_or_empty(g, ce) for g in rows[3:])
@@ -147,6 +151,7 @@ def _(
     backend: str,
     memory: str,
     state: Tensor | None,
+    products: str,
 ) -> Five:
     dtype = compute_dtype(hidden)
     gradients = _fake_gradients(hidden, weight, wanted, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
@@ -30,6 +31,7 @@ class Plan:
     workspace_mb: float
     process_group: str = ""  # name of the group whose processes share the vocabulary; empty: the heads are whole
     memory: str = "fast"  # or "low"
+    products: torch.dtype | None = None  # 16-bit dtype for the factors of all matrix products; None: that of the inputs
 
     @property
     def slope_coefficient(self) -> float:

@@ -45,8 +45,8 @@ def linear_divergence(
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     device, task = student_hidden.device, steps.divergence_task(plan)
     with on_device(student_hidden):
-        student = Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
-        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, NO_GRADIENTS)
+        student = Projection(student_hidden, student_weight, student_bias, V, dtype, wanted, plan.products)
+        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, NO_GRADIENTS, plan.products)
         group = VocabularyGroup(plan.process_group, V, device) if plan.process_group else None
         chunks = Chunks(labels, student_hidden.shape[0], plan.ignore_index)
         if group is not None and chunks.labels is not None:
@@ -76,13 +76,14 @@ def linear_cross_entropy(
     wanted: Gradients,
     memory: str = "fast",
     state: Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> Rows:
     """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``; ``state`` as above."""
     V = weight.shape[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     task = steps.cross_entropy_task(scale, softcap)
     with on_device(hidden):
-        student = Projection(hidden, weight, bias, V, dtype, wanted)
+        student = Projection(hidden, weight, bias, V, dtype, wanted, products)
         chunks = Chunks(labels, hidden.shape[0], ignore_index)
         row_scale = chunks.gather(row_scale)
         if memory == "low":

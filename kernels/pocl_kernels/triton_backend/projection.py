@@ -37,17 +37,27 @@ def padded(V: int) -> int:
 class Projection:
     """``hidden @ weight[:V].T`` in ``dtype`` (float32 or float64) and the way back, for some rows at a time.
 
-    ``take`` the rows; then for each range of the vocabulary ``project`` and, after a kernel has written the gradient
-    of the projection, ``accumulate``; then ``store``. Gradients (those in ``wanted``) have ``dtype``, whatever the
-    inputs have.
+    ``take`` the rows; then for each range of the vocabulary ``project`` and, after a kernel has written the gradient of
+    the projection, ``accumulate``; then ``store``. Gradients (those in ``wanted``) have ``dtype``, whatever the inputs
+    have. ``products`` is the dtype of the products' factors under autocast; without it 16-bit factors of one dtype stay
+    as they are, and all others are taken in ``dtype``.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, V: int, dtype: torch.dtype, wanted: Gradients
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        V: int,
+        dtype: torch.dtype,
+        wanted: Gradients,
+        products: torch.dtype | None = None,
     ) -> None:
         self.hidden, self.weight, self.V, self.dtype, self.wanted = hidden, weight, V, dtype, wanted
-        half = hidden.dtype == weight.dtype and hidden.dtype in SIXTEEN_BIT and dtype == torch.float32
-        self.factor_dtype = hidden.dtype if half else dtype
+        if products is None and hidden.dtype == weight.dtype:
+            products = hidden.dtype
+        half = products in SIXTEEN_BIT and dtype == torch.float32
+        self.factor_dtype = products if half and products is not None else dtype
         self.gradient_dtype = torch.float16 if half else dtype
         self.tile_scale = 1.0
         self.bias = None
@@ -94,6 +104,8 @@ class Projection:
         if self.weight.dtype == dtype and direct:
             return self.V
         itemsize = dtype.itemsize if direct else dtype.itemsize + self.dtype.itemsize
+        if self.factor_dtype not in (dtype, self.weight.dtype):
+            itemsize += self.factor_dtype.itemsize
         return min(self.V, max(1, SLICE_BYTES // (self.weight.shape[1] * itemsize)))
 
     # --- Forth and back -----------------------------------------------------------------------------------------------
@@ -162,7 +174,8 @@ class Projection:
 
     def _slices(self, columns: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         for part in _ranges(columns, self._slice_rows(dtype)):
-            yield part, self.weight[part].to(dtype)
+            # Through the dtype of the projection, so that the gradient is that of the logits that were made.
+            yield part, self.weight[part].to(self.factor_dtype).to(dtype)
 
 
 def _ranges(columns: slice, size: int) -> Iterator[slice]:

@@ -125,6 +125,28 @@ def test_the_size_of_the_weights_costs_16_bit_models_no_digits(weight: float, me
 
 
 @pytest.mark.parametrize("memory", MEMORY)
+def test_products_under_autocast_are_those_of_16_bit_models(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(5, VOCAB, bias=True)
+    call = dict(divergence="jsd", temperature=2.0, ce_weight=0.3)
+    halved = case.to(torch.bfloat16)
+    biases = [
+        dataclasses.replace(getattr(halved, h), bias=getattr(case, h).bias) for h in ("student_head", "teacher_head")
+    ]
+    truth = solve(triton(memory), halved.replace(student_head=biases[0], teacher_head=biases[1]), **call)
+    # Where there is a GPU, autocast names the dtype; here it is named for it.
+    monkeypatch.setattr("pocl_kernels.api._autocast_products", lambda _: "bfloat16")
+    result = solve(triton(memory), case, **call)
+    assert result.weight is not None
+    assert result.weight.dtype == torch.float32
+    assert_close(
+        dataclasses.replace(result, hidden=None, weight=None),
+        dataclasses.replace(truth, hidden=None, weight=None),
+        1e-6,
+    )
+    assert_close(result, truth, 2e-3)  # the gradients of bf16 inputs are rounded to bf16
+
+
+@pytest.mark.parametrize("memory", MEMORY)
 def test_float64_stays_float64(memory: str) -> None:
     case = make_case(8, VOCAB, bias=True, softcap=6.0, dtype=torch.float64)
     for name in NAMES:
