@@ -1,4 +1,4 @@
-"""The oracle: every loss of this package in plain float64 PyTorch, to be checked against MATH.md's table by eye.
+"""The oracle: every loss of this package in plain float64 PyTorch, to be checked by eye.
 
 Full logits, autograd, textbook formulas, no code shared with the kernels. Slow, and right. Every kernel test compares
 with this file; it is not used anywhere else.

@@ -270,7 +270,7 @@ def share(a: Value, b: Value) -> Value:
 
 
 def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
-    """One term of KL(a, b) as ``a phi(log b - log a)``, ``phi(x) = e^x - 1 - x``: never negative (MATH.md, "Why phi").
+    """One term of KL(a, b) as ``a phi(log b - log a)``, ``phi(x) = e^x - 1 - x``: never negative.
 
     Summed over the vocabulary it equals ``sum a (log a - log b)`` since both sum to one, without its cancellation.
     """
