@@ -75,7 +75,7 @@ bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m 'not gpu' $(ARGS)
 
 mutations: $(SETUP)  ## break the kernels in many ways and show that the tests notice each (minutes)
-	$(PY) benchmarks/mutations.py $(ARGS)
+	$(PY) -m benchmarks.mutations $(ARGS)
 
 aot: $(SETUP)  ## compile the GPU kernels for every target, no GPU needed, and check what became of them
 	PYTHONPATH=kernels $(PY) -m pocl_kernels.triton_backend.aot $(ARGS)

@@ -1,12 +1,13 @@
-"""Breaks the CPU kernels in many ways, one at a time, and shows that the tests notice each.
+"""Breaks the kernels in many ways, one at a time, and shows that the tests notice each.
 
 Every mutation replaces one piece of text in a copy of the kernels and runs the tests that ought to fail, in a process
 of its own. A mutation is *caught* if a test fails, *survives* if all pass, and is *stale* if its text is gone or the
 broken kernel does not even compile. Run as ``make mutations`` or::
 
-    python benchmarks/mutations.py [-j JOBS] [-k WORD]
+    python -m benchmarks.mutations [-j JOBS] [-k WORD]
 
-Exits with 1 unless every mutation is caught. Takes about five seconds of one core for each.
+Exits with 1 unless every mutation is caught. Takes about five seconds of one core for each. How the Triton kernels are
+broken is in ``mutations_triton.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+
+from benchmarks.mutations_triton import MUTATIONS as TRITON
+from benchmarks.mutations_triton import Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "kernels/pocl_kernels"
@@ -34,17 +37,6 @@ EAGER = UNRELATED + "fkl"
 HEADS = "exactness:form_of_head and compiled-fast-fkl"
 EAGER_HEADS = "exactness:form_of_head and eager-fast-fkl"
 ORACLE = "reference"
-
-
-class Mutation(NamedTuple):
-    """One way to break the kernels: in ``file``, ``old`` becomes ``new``; ``tests`` must notice."""
-
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: str
-
 
 ROWS, PRELUDE, CE_ROWS = "cpu/divergence_rows.c", "cpu/prelude.h", "cpu/cross_entropy_rows.c"
 MUTATIONS = (
@@ -86,7 +78,7 @@ MUTATIONS = (
     # Eager rows
     Mutation("eager: student not tempered", "cpu/eager.py", "_log_softmax(z / plan.temperature", "_log_softmax(z",
              EAGER),
-    Mutation("eager: mean slope without q", "cpu/eager.py", "slope - q * sums[:, 3:]", "slope - sums[:, 3:]", EAGER),
+    Mutation("eager: mean slope without q", "cpu/eager.py", "slope - q * (sums[:, 3:4]", "slope - (sums[:, 3:4]", EAGER),
     Mutation("eager: label's share in float32", "cpu/eager.py", "-plan.ce_weight * inside[:, None].to(gradient.dtype)",
              "torch.where(inside, -plan.ce_weight, 0.0)[:, None].to(gradient.dtype)",
              "exactness:unrelated_models_in_float64 and fkl"),
@@ -172,7 +164,7 @@ MUTATIONS = (
 
 def copy_tree(target: Path) -> None:
     """The kernels and their tests, without the parts that no mutation touches."""
-    ignore = shutil.ignore_patterns("__pycache__", "triton", "*.so")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "kernels", target / "kernels", ignore=ignore)
     shutil.copytree(ROOT / "tests" / "kernels", target / "tests" / "kernels", ignore=ignore)
     shutil.copy(ROOT / "tests" / "conftest.py", target / "tests")
@@ -185,12 +177,13 @@ def copy_tree(target: Path) -> None:
 def run_tests(tree: Path, tests: str, cache: Path) -> subprocess.CompletedProcess[str]:
     """pytest on a copied tree; ``tests`` is ``file`` or ``file:expression``."""
     file, _, expression = tests.partition(":")
+    folder, _, name = file.rpartition("/")
     # Both the oracle of the copy and its kernels must be the ones that are tested, not the installed ones.
     paths = os.pathsep.join([str(tree), str(tree / "kernels")])
     environment = os.environ | {"PYTHONPATH": paths, "POCL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("POCL_TEST_ENGINES", None)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    command += [f"tests/kernels/test_{file}.py", *(["-k", expression] if expression else [])]
+    command += [f"tests/kernels/{folder}/test_{name}.py", *(["-k", expression] if expression else [])]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -220,7 +213,7 @@ def sound(cache: Path) -> Iterator[str]:
     """The selections that fail, or select nothing, on the unbroken kernels."""
     with tempfile.TemporaryDirectory(prefix="pocl-mutation-") as folder:
         copy_tree(Path(folder))
-        for tests in sorted({m.tests for m in MUTATIONS}):
+        for tests in sorted({m.tests for m in (*MUTATIONS, *TRITON)}):
             result = run_tests(Path(folder), tests, cache)
             if result.returncode:
                 yield f"{tests}: {result.stdout.strip().splitlines()[-1]}"
@@ -231,7 +224,7 @@ def main() -> int:
     parser.add_argument("-j", "--jobs", type=int, default=1, help="mutations at a time (default 1)")
     parser.add_argument("-k", "--keyword", default="", help="only mutations whose description or file contains this")
     options = parser.parse_args()
-    chosen = [m for m in MUTATIONS if options.keyword in m.what or options.keyword in m.file]
+    chosen = [m for m in (*MUTATIONS, *TRITON) if options.keyword in m.what or options.keyword in m.file]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pocl-mutation-cache-") as folder:
         cache = Path(folder)

@@ -1,0 +1,69 @@
+"""The ways in which ``mutations.py`` breaks the Triton kernels; the tests run in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One way to break the kernels: in ``file``, ``old`` becomes ``new``; ``tests`` must notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LOSSES, KERNELS = "triton/interpreted_losses:", "triton/interpreted_kernels:"
+FAST = LOSSES + "every_divergence and jsd-fast"
+LOW = LOSSES + "every_divergence and jsd-low"
+KL = LOSSES + "every_divergence and fkl-low"
+HEADS = LOSSES + "form_of_head and scale and fast"
+NEAR = KERNELS + "one_pass and near"
+PADDING = KERNELS + "never_reads_the_padding and fkl"
+HALF = LOSSES + "16_bit_models_lose and fast and bfloat16 and unrelated"
+
+DEVICE, ROWS = "triton_backend/device.py", "triton_backend/divergence_rows.py"
+STATISTICS, VALUES = "triton_backend/tile_statistics.py", "triton_backend/tile_values.py"
+STATE, PROJECTION = "triton_backend/state.py", "triton_backend/projection.py"
+
+MUTATIONS = (
+    Mutation("sign of the softmax's Jacobian", DEVICE, "(slope - q * c)", "(slope + q * c)", FAST),
+    Mutation("label not subtracted", DEVICE, "tl.where(is_label, 1.0, 0.0)", "0.0 * q", FAST),
+    Mutation("sum not moved to a lane's new maximum", DEVICE, "S * e + 1.0", "S + 1.0", FAST),
+    Mutation("padding as logits", DEVICE, 'tl.where(cols < V, cap(z * scale, softcap), -float("inf"))',
+             "cap(z * scale, softcap)", PADDING),
+    Mutation("softcap's derivative", DEVICE, "1.0 - t * t", "1.0 - t", HEADS),
+    Mutation("one-pass KL that cancels", DEVICE, "tl.where(near, a * forward, (b - a) - a * x)", "(b - a) - a * x",
+             NEAR),
+    Mutation("0 x inf where one model masks", DEVICE, "f = tl.where(a == 0.0, b, ", "f = tl.where(a < 0.0, b, ",
+             KERNELS + "zero_times_infinity"),
+    Mutation("wrong normaliser for the teacher", ROWS, "(zt - max_t) * inv_T - log_t", "(zt - max_t) * inv_T - log_s",
+             FAST),
+    Mutation("teacher not tempered", ROWS, "(zt - max_t) * inv_T - log_t", "(zt - max_t) - log_t", FAST),
+    Mutation("entropy's sign", ROWS, "H -= tl.where", "H += tl.where", FAST),
+    Mutation("cross-entropy tempered", ROWS, "S_1 = add_exp(m_s, S_1, zs, 1.0)", "S_1 = add_exp(m_s, S_1, zs, inv_T)",
+             FAST),
+    Mutation("only the last block's slopes", ROWS, "C += tl.where", "C = tl.where", FAST),
+    Mutation("rows side by side, without padding", ROWS, "student += row * stride16 * 16", "student += row * V",
+             PADDING),
+    Mutation("entropy's sum not moved", STATISTICS, "keep_s * (U - d_s * S_s)", "keep_s * U", KL),
+    Mutation("KL's sum not moved", STATISTICS, "keep_t * F + moved * E + moved_f * S_t", "keep_t * F",
+             KERNELS + "one_pass and rising"),
+    Mutation("label counted from the tile's start", STATISTICS, ".to(tl.int32) - first", ".to(tl.int32)", LOW),
+    Mutation("a maximum that rises from nothing", STATISTICS, 'tl.where(old == -float("inf"), 0.0, new - old)',
+             "new - old", KL),
+    Mutation("only the last tile's value", VALUES, "tl.load(sums + VALUE * step) + tl.sum(D, 0)", "tl.sum(D, 0)", LOW),
+    Mutation("second order of the KL dropped", STATE, "F / S_t - excess(E / S_t)", "F / S_t", KL),
+    Mutation("c of the reverse KL", STATE, "(reverse - a)", "(reverse + a)", LOSSES + "every_divergence and fkl-low"),
+    Mutation("only the last chunk's gradient", PROJECTION, "add=self._taken > 1", "add=False", FAST),
+    Mutation("only the last tile's gradient", PROJECTION, "add=part.start > 0", "add=False", LOW),
+    Mutation("scale of the hidden states kept", PROJECTION, "alpha /= 2.0**HIDDEN_EXPONENT", "pass", HALF),
+    Mutation("float16 tile not scaled", PROJECTION, "2.0 ** (TILE_EXPONENT - math.frexp(largest)[1])", "1.0",
+             LOSSES + "size_of_the_weights and fast and 1e-09"),
+    Mutation("float16 tile for all models", PROJECTION, "torch.float16 if half else dtype", "torch.float16", FAST),
+    Mutation("one uniform for all", "triton_backend/terms.py", "= uniforms[{i}]", "= uniforms[0]",
+             LOSSES + "every_divergence and skew_fkl-fast"),
+    Mutation("ignored rows count", "triton_backend/chunks.py", "labels != ignore_index", "labels >= ignore_index", FAST),
+)  # fmt: skip
