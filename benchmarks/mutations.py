@@ -47,7 +47,7 @@ MUTATIONS = (
     Mutation("wrong normaliser for the teacher", ROWS, "- R.max) - R.log_sum;", "- R.max) - S.log_sum;", FKL),
     Mutation("entropy's sign", ROWS, "h -= q", "h += q", FKL),
     Mutation("cross-entropy tempered", ROWS, "(S1.max - z_label) + S1.log_sum", "(S.max - z_label) + S.log_sum", FKL),
-    Mutation("cross-entropy's gradient tempered", ROWS, "tempered ? f_exp((z - S1.max)", "0 ? f_exp((z - S1.max)", FKL),
+    Mutation("cross-entropy's gradient tempered", ROWS, "tempered ? f_exp(z - S1.max)", "0 ? f_exp(z - S1.max)", FKL),
     Mutation("only the last block's slope", ROWS, "c += (double)cb;", "c = (double)cb;", FKL),
     Mutation("weight of a token not on its label", ROWS, "wB = w * B", "wB = B", FKL),
     Mutation("softcap not in the gradient", ROWS, "scale * (1.0f - zc * zc)", "scale", HEADS),

@@ -71,6 +71,9 @@ def test_nearly_equal_models_in_float32(engine: Any, name: str) -> None:
         floor = 3e-4 if name == "tvd" else 0.0
         for gradient in ("hidden", "weight"):
             assert pooled(ours, gradient) <= max(1.2 * pooled(plain, gradient), floor), gradient
+        # Autograd's own form lets an error of the normalisers into the gradient of the hidden states in first order.
+        if name in ("fkl", "rkl", "skew_fkl", "alpha") and temperature == 2.0:
+            assert pooled(ours, "hidden") <= 0.85 * pooled(plain, "hidden")
 
 
 @pytest.mark.parametrize("near", [None, 1e-4])

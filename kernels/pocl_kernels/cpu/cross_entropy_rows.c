@@ -10,11 +10,11 @@ void cross_entropy_rows(int64_t first, int64_t last, int64_t V, float *z, const 
         const float x_label = x[labels[i]];
         out[i] = (S.max - x_label) + S.log_sum;
         if (!want_grad) continue;
-        const float ws = w[i] * scale;
+        const float ws = w[i] * scale, to_q = (float)((double)ws / S.sum);
 #pragma omp simd
         for (int64_t j = 0; j < V; j++) {
             const float xc = softcap > 0.0f ? x[j] * inv_softcap : 0.0f;  /* -inf * 0 would be NaN */
-            x[j] = ws * (1.0f - xc * xc) * f_exp((x[j] - S.max) - S.log_sum);
+            x[j] = to_q * (1.0f - xc * xc) * f_exp(x[j] - S.max);
         }
         x[labels[i]] -= ws * (1.0f - x_label * inv_softcap * x_label * inv_softcap);
     }

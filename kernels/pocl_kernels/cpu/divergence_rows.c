@@ -16,15 +16,15 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
     const lse_t S1 = with_ce && tempered ? log_sum_exp(zs, V, 1.0f, NULL, NULL) : S;
     const float z_label = with_ce ? zs[label] : 0.0f;
     const float inv_softcap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
-    const float wA = w * A, wB = w * B;
+    const float wA = w * A, wB = w * B, to_q1 = (float)(1.0 / S1.sum);
     double D = 0.0, c = 0.0, H = 0.0;
     float jacobian_label = scale;
     if (with_ce && softcap > 0.0f) jacobian_label = scale * (1.0f - z_label * inv_softcap * z_label * inv_softcap);
     /*UNIFORM*/
     for (int64_t b = 0; b < V; b += BLOCK) {
         const int64_t end = b + BLOCK < V ? b + BLOCK : V;
-        const float to_q = f_exp((shift_s[b / BLOCK] - S.max) - S.log_sum);
-        const float to_p = f_exp((shift_t[b / BLOCK] - R.max) - R.log_sum);
+        const float to_q = (float)(exp((double)shift_s[b / BLOCK] - (double)S.max) / S.sum);
+        const float to_p = (float)(exp((double)shift_t[b / BLOCK] - (double)R.max) / R.sum);
         float d = 0.0f, cb = 0.0f, h = 0.0f;
 #pragma omp simd reduction(+ : d, cb, h)
         for (int64_t j = b; j < end; j++) {
@@ -40,7 +40,7 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
                 const float zc = softcap > 0.0f ? z * inv_softcap : 0.0f;  /* -inf * 0 would be NaN */
                 const float J = scale * (1.0f - zc * zc);
                 float g = wA == 0.0f ? 0.0f : wA * slope;  /* an infinite slope without weight is nothing */
-                if (ce_grad) g += wB * (tempered ? f_exp((z - S1.max) - S1.log_sum) : q);
+                if (ce_grad) g += wB * (tempered ? f_exp(z - S1.max) * to_q1 : q);
                 zt[j] = J * g;
                 zs[j] = J * q;
             }

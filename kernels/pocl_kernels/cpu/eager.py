@@ -36,10 +36,11 @@ def divergence_rows(
         l = _log_softmax(z / plan.temperature, group)
         r = _log_softmax(y / plan.temperature, group)
         q, slope = l.exp(), plan.divergence.slope(l, r)
-        sums = torch.zeros(z.shape[0], 4, dtype=z.dtype, device=z.device)
+        sums = torch.zeros(z.shape[0], 5, dtype=z.dtype, device=z.device)
         sums[:, 0] = plan.divergence.value(l, r).sum(-1)
         sums[:, 2] = -weighted(q, l).sum(-1)
         sums[:, 3] = slope.sum(-1)
+        sums[:, 4] = q.sum(-1)
         if labels is not None:
             l1 = _log_softmax(z, group)
             index, inside = _local(labels[part], z.shape[1], group)
@@ -52,7 +53,8 @@ def divergence_rows(
         if plan.slope_coefficient == 0:  # an infinite slope without weight is nothing
             gradient = torch.zeros_like(q)
         else:
-            gradient = (slope - q * sums[:, 3:]) * plan.slope_coefficient
+            # Not q sums to one but q / sum q: a rounded normaliser moves a whole row, and would its gradient.
+            gradient = (slope - q * (sums[:, 3:4] / sums[:, 4:])) * plan.slope_coefficient
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))

@@ -72,7 +72,9 @@ INLINE void transform(float *z, int64_t V, const float *bias, float scale, float
     }
 }
 
-typedef struct { float max, log_sum; } lse_t;  /* log sum e^u = max + log_sum, u = z * inv_T */
+/* log sum e^u = max + log_sum, log_sum = ln(sum), u = z * inv_T. A softmax is to be had by the sum: to round log_sum moves
+ * all of a row's probabilities one way, and their gradient with them. */
+typedef struct { float max, log_sum; double sum; } lse_t;
 
 /* Online over blocks: one read of the row from memory, block maximum and sum from L1. With e: also stores
  * e^(u - shift), where shift[b] is the running maximum at block b, so that the softmax needs no second exponential. */
@@ -105,6 +107,6 @@ INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float
         }
         S += (double)s;
     }
-    const lse_t result = {m, (float)log(S)};
+    const lse_t result = {m, (float)log(S), S};
     return result;
 }
