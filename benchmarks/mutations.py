@@ -78,7 +78,8 @@ MUTATIONS = (
     # Eager rows
     Mutation("eager: student not tempered", "cpu/eager.py", "_log_softmax(z / plan.temperature", "_log_softmax(z",
              EAGER),
-    Mutation("eager: mean slope without q", "cpu/eager.py", "slope - q * (sums[:, 3:4]", "slope - (sums[:, 3:4]", EAGER),
+    Mutation("eager: mean slope without q", "cpu/eager.py", "slope - q * (sums[:, 3:4]", "slope - (sums[:, 3:4]",
+             EAGER),
     Mutation("eager: label's share in float32", "cpu/eager.py", "-plan.ce_weight * inside[:, None].to(gradient.dtype)",
              "torch.where(inside, -plan.ce_weight, 0.0)[:, None].to(gradient.dtype)",
              "exactness:unrelated_models_in_float64 and fkl"),

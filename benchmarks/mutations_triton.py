@@ -65,5 +65,6 @@ MUTATIONS = (
     Mutation("float16 tile for all models", PROJECTION, "torch.float16 if half else dtype", "torch.float16", FAST),
     Mutation("one uniform for all", "triton_backend/terms.py", "= uniforms[{i}]", "= uniforms[0]",
              LOSSES + "every_divergence and skew_fkl-fast"),
-    Mutation("ignored rows count", "triton_backend/chunks.py", "labels != ignore_index", "labels >= ignore_index", FAST),
+    Mutation("ignored rows count", "triton_backend/chunks.py", "labels != ignore_index", "labels >= ignore_index",
+             FAST),
 )  # fmt: skip
