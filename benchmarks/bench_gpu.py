@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import pocl
-from benchmarks.bench_loss import TEMPERATURE, Problem, make_problem, through_autograd
+from benchmarks.bench_loss import TEMPERATURE, Problem, key, make_problem, through_autograd
 from benchmarks.measure import machine, peak_bytes, save_results
 from benchmarks.peers import PEERS, available
 
@@ -147,7 +147,7 @@ def compare(shape: Sequence[int], dtype: torch.dtype, peers: list[str], divergen
             failed[name] = str(problem_of_theirs).splitlines()[0]
             del functions[name]
         torch.cuda.empty_cache()
-    runs = {"floor": lambda: floor(problem)} | {n: (lambda f=f: f(problem)) for n, f in functions.items()}  # type: ignore[misc]
+    runs = {"floor": lambda: floor(problem)} | {n: (lambda f=f: f(problem)) for n, f in functions.items()}
     samples = Clock().interleaved(runs)
     base = statistics.median(samples["floor"])
     print(f"\n{tokens} tokens, half of them ignored; vocabulary {vocabulary}; hidden {student} <- {teacher}; {dtype}")
@@ -156,12 +156,13 @@ def compare(shape: Sequence[int], dtype: torch.dtype, peers: list[str], divergen
     for name, times in samples.items():
         median, spread = statistics.median(times), (max(times) - min(times)) / 2 / statistics.median(times)
         peak = peak_bytes(runs[name])
-        rows[name] = {"ms": times, "over_floor": median / base, "peak_bytes": peak, "error": errors.get(name)}
+        rows[name] = {"seconds": [t / 1e3 for t in times], "peak_bytes": peak, "error": errors.get(name)}
         line = f"{name:34}{median:>8.2f} ms{100 * spread:>7.1f} %{median / base:>9.2f}{(peak or 0) / 2**20:>7.0f} MiB"
         print(f"{line}{errors[name]:>10.1e}" if name in errors else line)
     for name, reason in failed.items():
         print(f"{name:34} failed: {reason[:80]}")
-    return {"tokens": tokens, "vocabulary": vocabulary, "hidden": [student, teacher], "rows": rows, "failed": failed}
+    settings = {"tokens": tokens, "vocabulary": vocabulary, "hidden": [student, teacher], "dtype": str(dtype)[6:]}
+    return settings | {"rows": rows, "failed": failed}
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def launches(rows: int, vocabulary: int, divergence: str) -> list[Launch]:
     sums, second = state.empty_sums(rows, torch.float32, labels.device), torch.zeros(2, rows, device="cuda")
     steps.statistics(tile, labels, 0, task, True, sums)
     here = state.state_of(sums)
+    assert task.divergence is not None
     kl, known = task.divergence.kl_weights is not None, slope_sum(task.divergence) is not None
     ce = steps.cross_entropy_task(1.0, None)
     return [
@@ -269,7 +271,7 @@ def kernels(rows: int, vocabulary: int, divergences: list[str]) -> dict[str, Any
 @pytest.mark.parametrize("name", ["floor", "fast", "low", "eager"])
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_forward_and_backward_on_a_gpu(benchmark: Any, shape: Sequence[int], name: str) -> None:
-    problem = make_problem(*shape, device="cuda")  # type: ignore[misc]
+    problem = make_problem(*shape, device="cuda")
     problem = Problem(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in vars(problem).items()})
     function = {"floor": floor, "fast": ours("fast", 1024), "low": ours("low"), "eager": eager}[name]
 
@@ -300,12 +302,16 @@ def main() -> None:
     names = [name for name in pocl.DIVERGENCES if name != "fkl"] if names == ["all"] else names
     shapes = [options.shape] if options.shape else SHAPES
     if options.kernels:
-        results = [kernels(1024, vocabulary, ["fkl", *(names or ["jsd"])]) for _, vocabulary, *_ in shapes]
+        measured = {
+            f"N=1024 V={vocabulary}": kernels(1024, vocabulary, ["fkl", *(names or ["jsd"])])
+            for _, vocabulary, *_ in shapes
+        }
     else:
         peers = [name for name in options.peers.split(",") if name]
-        results = [compare(shape, getattr(torch, options.dtype), peers, names) for shape in shapes]
+        tables = [compare(shape, getattr(torch, options.dtype), peers, names) for shape in shapes]
+        measured = {key(table): table for table in tables}
     if options.save:
-        print(f"\nsaved in {save_results('kernels-gpu' if options.kernels else 'loss-gpu', results)}")
+        print(f"\nfiled in {save_results('kernels-gpu' if options.kernels else 'loss-gpu', measured)}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """The fused distillation loss, forward and backward, against its floor and against plain PyTorch.
 
     python -m benchmarks.bench_loss                                          # two default shapes
-    python -m benchmarks.bench_loss --peers trl,liger,authors --divergences all --save
-    python -m benchmarks.bench_loss --tokens 512 --vocab 151936 --student 896 --teacher 1536
+    python -m benchmarks.bench_loss --peers all --divergences all --runs 7 --save
+    python -m benchmarks.bench_loss --sweep --save                           # seven vocabularies, all peers
+    python -m benchmarks.bench_loss --tokens 4096 --vocab 151936 --peers trl,liger
 
 The floor is the four matrix products over valid rows that no exact method can save (student logits, teacher logits,
 gradient of the hidden states, gradient of the weight) and nothing else. Half of the labels are ignored, as in a batch
-of prompts and responses. Every implementation is checked against float64 before it is timed.
+of prompts and responses. Every implementation is checked against float64 before it is timed, and every timed run
+follows an untimed one of the same implementation. Where PyTorch sees a GPU, the table is that of `bench_gpu` in
+bfloat16; `CUDA_VISIBLE_DEVICES=` measures the CPU all the same.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +22,11 @@ import torch
 from torch import Tensor
 
 import pocl
-from benchmarks.measure import interleaved, machine, peak_bytes, save_results
+from benchmarks.measure import interleaved, machine, peak_bytes, progress_bar, save_results
 from benchmarks.peers import PEERS, Loss, available
 
 SHAPES = ((1024, 49152, 576, 576), (512, 151936, 896, 1536))  # tokens, vocabulary, student's and teacher's hidden size
+SWEEP = tuple((512, vocabulary, 576, 576) for vocabulary in (32000, 49152, 65536, 128256, 151936, 202048, 262144))
 TEMPERATURE = 2.0
 
 
@@ -156,32 +160,62 @@ def gradient_error(found: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor,
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
-def report(shape: tuple[int, int, int, int], runs: int, peers: list[str], divergences: list[str]) -> dict[str, Any]:
-    """Check, time and print all implementations of one shape; returns what was printed."""
-    problem = make_problem(*shape)
-    exact = eager(Problem(*(t.double() if t.is_floating_point() else t for t in vars(problem).values())))
-    implementations = IMPLEMENTATIONS | {title: through_autograd(loss) for title, loss in available(peers).items()}
-    errors = {name: gradient_error(function(problem), exact) for name, function in implementations.items()}
-    del exact
+def check(implementations: dict[str, Implementation], problem: Problem) -> tuple[dict[str, float], dict[str, str]]:
+    """(error of each against float64, why those that do not run do not).
+
+    Raises:
+        RuntimeError: one computes something else.
+    """
+    double = Problem(*(t.double() if t.is_floating_point() else t for t in vars(problem).values()))
+    exact = chunked(double, rows=64)  # full logits in float64 may not fit where every implementation does
+    errors, failed = {}, {}
+    for name, function in implementations.items():
+        try:
+            errors[name] = gradient_error(function(problem), exact)
+        except RuntimeError as error:  # torch.compile without a compiler, a peer without memory
+            failed[name] = (str(error).splitlines() or [type(error).__name__])[0]
     wrong = {name: error for name, error in errors.items() if not error < 1e-2}
     if wrong:
         raise RuntimeError(f"these do not compute the forward KL of the others: {wrong}")
-    functions: dict[str, Callable[[], Any]] = {"floor": lambda: floor(problem)}
-    functions |= {name: (lambda f=function: f(problem)) for name, function in implementations.items()}  # type: ignore[misc]
-    functions |= {f"pocl, {name}": (lambda d=name: fused(problem, d)) for name in divergences}  # type: ignore[misc]
-    timings = interleaved(functions, runs)
+    return errors, failed
+
+
+def key(result: dict[str, Any]) -> str:
+    """The name under which the result of a shape is filed."""
+    student, teacher = result["hidden"]
+    return f"N={result['tokens']} V={result['vocabulary']} H={student}<-{teacher} {result['dtype']}"
+
+
+def report(shape: tuple[int, int, int, int], runs: int, peers: list[str], divergences: list[str]) -> dict[str, Any]:
+    """Check, time and print all implementations of one shape; returns what was printed."""
     tokens, vocabulary, student, teacher = shape
+    problem = make_problem(*shape)
+    implementations = IMPLEMENTATIONS | {title: through_autograd(loss) for title, loss in available(peers).items()}
+    names = ["floor", *implementations, *(f"pocl, {name}" for name in divergences)]
+    with progress_bar(1 + len(names) * (runs + 1)) as advance:
+        advance(f"V = {vocabulary}: checking against float64")
+        errors, failed = check(implementations, problem)
+        functions: dict[str, Callable[[], Any]] = {"floor": lambda: floor(problem)}
+        functions |= {name: (lambda f=implementations[name]: f(problem)) for name in errors}  # type: ignore[misc]
+        functions |= {f"pocl, {name}": (lambda d=name: fused(problem, d)) for name in divergences}  # type: ignore[misc]
+        timings = interleaved(functions, runs, lambda name: advance(f"V = {vocabulary}: {name}"))
+        peaks = {}
+        for name, function in functions.items():
+            advance(f"V = {vocabulary}: memory of {name}")
+            peaks[name] = peak_bytes(function)
     print(f"\n{tokens} tokens, half of them ignored; vocabulary {vocabulary}; hidden {student} <- {teacher}; float32")
     print(f"{'':30}{'median':>10}{'spread':>9}{'/ floor':>9}{'peak':>10}{'error':>11}")
     rows = {}
     for name, timing in timings.items():
-        peak = peak_bytes(functions[name])
-        ratio = timing.median / timings["floor"].median
-        rows[name] = {"seconds": timing.samples, "over_floor": ratio, "peak_bytes": peak, "error": errors.get(name)}
+        peak, ratio = peaks[name], timing.median / timings["floor"].median
+        rows[name] = {"seconds": timing.samples, "peak_bytes": peak, "error": errors.get(name)}
         line = f"{name:30}{timing.median:>8.3f} s{100 * timing.spread:>7.1f} %{ratio:>9.2f}"
         line += " " * 10 if peak is None else f"{peak / 2**20:>6.0f} MiB"
         print(f"{line}{errors[name]:>11.1e}" if name in errors else line)
-    return {"tokens": tokens, "vocabulary": vocabulary, "hidden": [student, teacher], "rows": rows}
+    for name, reason in failed.items():
+        print(f"{name:30}  does not run: {reason[:80]}")
+    settings = {"tokens": tokens, "vocabulary": vocabulary, "hidden": [student, teacher], "dtype": "float32"}
+    return settings | {"rows": rows, "failed": failed}
 
 
 @pytest.mark.parametrize("name", ["floor", *IMPLEMENTATIONS])
@@ -191,31 +225,60 @@ def test_forward_and_backward(benchmark: Any, name: str) -> None:
     benchmark.pedantic(function, args=(problem,), rounds=3, iterations=1, warmup_rounds=1)
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with `shapes`, `peers` and `divergences` as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, help="rows of hidden states")
-    parser.add_argument("--vocab", type=int, help="rows of both heads")
-    parser.add_argument("--student", type=int, help="the student's hidden size")
-    parser.add_argument("--teacher", type=int, help="the teacher's hidden size")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
-    parser.add_argument("--peers", default="", help=f"comma-separated, of {', '.join(PEERS)} (default: none)")
-    parser.add_argument("--divergences", default="", help="comma-separated names to time beside fkl, or all")
+    default = SHAPES[0]
     parser.add_argument(
-        "--save", action="store_true", help="file the result under benchmarks/results by hardware and day"
+        "--tokens", type=int, help=f"rows of hidden states, half of them ignored (default: {default[0]})"
     )
-    options = parser.parse_args()
+    parser.add_argument("--vocab", type=int, help=f"rows of both heads (default: {default[1]})")
+    parser.add_argument("--student", type=int, help=f"the student's hidden size (default: {default[2]})")
+    parser.add_argument("--teacher", type=int, help=f"the teacher's hidden size (default: {default[3]})")
+    parser.add_argument("--sweep", action="store_true", help=f"vocabularies of {SWEEP[0][1]} to {SWEEP[-1][1]}")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument(
+        "--peers", help=f"comma-separated, of {', '.join(PEERS)}, or all (default: none; of --sweep: all)"
+    )
+    parser.add_argument("--divergences", default="", help="comma-separated names to time beside fkl, or all")
+    parser.add_argument("--save", action="store_true", help="file the result under benchmarks/results")
+    options = parser.parse_args(arguments)
     given = (options.tokens, options.vocab, options.student, options.teacher)
-    if any(given) and not all(given):
-        parser.error("give --tokens, --vocab, --student and --teacher together, or none of them")
+    if any(value is not None and value < 2 for value in given) or options.runs < 1:
+        parser.error("sizes are at least 2, and --runs at least 1")
+    if options.sweep and any(given):
+        parser.error("--sweep has shapes of its own: give it, or --tokens, --vocab, --student and --teacher")
+    one = tuple(value or otherwise for value, otherwise in zip(given, default, strict=True))
+    options.shapes = SWEEP if options.sweep else (one,) if any(given) else SHAPES
+    if options.peers is None:
+        options.peers = "all" if options.sweep else ""
+    options.peers = list(PEERS) if options.peers == "all" else [name for name in options.peers.split(",") if name]
+    others = [name for name in pocl.DIVERGENCES if name != "fkl"]
+    options.divergences = [name for name in options.divergences.split(",") if name]
+    options.divergences = others if options.divergences == ["all"] else options.divergences
+    unknown = sorted(set(options.divergences) - set(others))
+    if unknown:
+        parser.error(f"--divergences: {', '.join(unknown)}; known beside fkl are {', '.join(others)}")
+    try:
+        available(options.peers)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def main() -> None:
+    options = parse()
     print(machine())
-    peers = [name for name in options.peers.split(",") if name]
-    divergences = [name for name in options.divergences.split(",") if name]
-    if divergences == ["all"]:
-        divergences = [name for name in pocl.DIVERGENCES if name != "fkl"]
-    shapes = (given,) if all(given) else SHAPES
-    results = [report(shape, options.runs, peers, divergences) for shape in shapes]
-    if options.save:
-        print(f"\nsaved in {save_results('loss', results)}")
+    for shape in options.shapes:
+        if torch.cuda.is_available():
+            from benchmarks import bench_gpu
+
+            result = bench_gpu.compare(shape, torch.bfloat16, options.peers, options.divergences)
+        else:
+            result = report(shape, options.runs, options.peers, options.divergences)
+        if options.save:
+            subject = "loss-gpu" if torch.cuda.is_available() else "loss"
+            print(f"filed in {save_results(subject, {key(result): result})}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What all benchmarks share: the machine's name, repeated timing, and peak memory."""
+"""What all benchmarks share: the machine's name, repeated timing, peak memory, and results filed as JSON."""
 
+import contextlib
 import ctypes
 import datetime
 import json
@@ -8,12 +9,15 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,61 @@ class Timing:
         return (max(self.samples) - min(self.samples)) / 2 / self.median
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], runs: int) -> dict[str, Timing]:
-    """Times functions in turn, A B C A B C ..., so that a slow spell of the machine hits all; one warm-up each."""
+def interleaved(
+    functions: dict[str, Callable[[], Any]], runs: int, advance: Callable[[str], None] = lambda name: None
+) -> dict[str, Timing]:
+    """Times functions in turn, A A' B B' ... A A' B B' ..., the primed runs alone, so that a slow spell hits all.
+
+    A timed run follows an untimed run of the same function, as a training step follows a training step: a function
+    pays for the memory that another one gave back just before it. `advance` is told the name before each pair of runs.
+    """
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for run in range(runs + 1):
+    for _ in range(runs):
         for name, function in functions.items():
+            advance(name)
+            function()
             synchronize()
             start = time.perf_counter()
             function()
             synchronize()
-            if run > 0:
-                samples[name].append(time.perf_counter() - start)
+            samples[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal's standard error; yields a function to call with what begins now, `total` times.
+
+    It is drawn only then, never by a thread of its own, so that it takes no time from what is measured.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    bar = Progress(
+        *columns,
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total, completed=-1)
+
+        def advance(name: str) -> None:
+            bar.update(task, advance=1, description=name, refresh=True)
+
+        yield advance
 
 
 def synchronize() -> None:
@@ -87,10 +134,52 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def save_results(subject: str, results: Any) -> Path:
-    """File results as JSON by hardware and day: `results/<machine>/<date>-<subject>.json`, relative to this folder."""
-    folder = Path(__file__).parent / "results" / re.sub(r"[^a-z0-9]+", "-", machine().split(",")[0].lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{datetime.date.today().isoformat()}-{subject}.json"
-    path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def hardware() -> str:
+    """The machine's processor or GPU as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", machine().split(",")[0].lower()).strip("-")
+
+
+def save_results(subject: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """File results by hardware and day, `<folder>/<hardware>/<date>-<subject>.json`, and return the file.
+
+    `results` has a key for each thing that was measured in one go (a shape, a part of a benchmark). The day's earlier
+    results under other keys stay, those under the same key are replaced. Each is filed with the machine and versions.
+    """
+    path = folder / hardware() / f"{datetime.date.today().isoformat()}-{subject}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    said = {"machine": machine(), "versions": versions("transformers", "trl", "liger-kernel", "rouge-score")}
+    entries |= {key: said | {"values": values} for key, values in results.items()}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    temporary.replace(path)
     return path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that was measured in one go: when, on what, with which versions, and what came of it."""
+
+    date: str
+    machine: str
+    versions: dict[str, str]
+    values: Any
+
+
+def load_results(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Entry]]]:
+    """Everything filed, by hardware, subject and key; of each key the newest."""
+    found: dict[str, dict[str, dict[str, Entry]]] = {}
+    for path in sorted(folder.glob("*/[0-9][0-9][0-9][0-9]-??-??-*.json")):
+        date, subject = path.stem[:10], path.stem[11:]
+        entries = found.setdefault(path.parent.name, {}).setdefault(subject, {})
+        entries |= {key: Entry(date, **entry) for key, entry in json.loads(path.read_text()).items()}
+    return found

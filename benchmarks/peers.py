@@ -1,11 +1,12 @@
 """Other implementations of the loss that `bench_loss` compares with, as a user would call them; all optional.
 
-Both average over valid tokens and leave out the factor T^2 of the distillation literature, so it is applied here: the
+All average over valid tokens and leave out the factor T^2 of the distillation literature, so it is applied here: the
 results of all implementations agree.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -51,7 +52,27 @@ def authors(
     return T**2 * (rows * valid).sum() / valid.sum()
 
 
+def compile(
+    hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor, T: float
+) -> Tensor:
+    """Full logits of the valid rows, compiled by `torch.compile` for these shapes; needs a C++ compiler on a CPU."""
+    valid = labels != -100
+    return _compiled(len(labels), len(weight))(hidden[valid], weight, teacher[valid], teacher_weight, T)
+
+
+@functools.cache
+def _compiled(tokens: int, vocabulary: int) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+    def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, T: float) -> Tensor:
+        student = torch.log_softmax((hidden @ weight.T).float() / T, -1)
+        target = torch.log_softmax((teacher @ teacher_weight.T).float() / T, -1)
+        return T**2 * torch.nn.functional.kl_div(student, target, log_target=True, reduction="batchmean")
+
+    torch.compiler.reset()  # or the cache of a process that goes through many shapes fills, and eager code runs instead
+    return torch.compile(loss, dynamic=False)
+
+
 PEERS: dict[str, tuple[str, Loss, str]] = {
+    "compile": ("torch.compile, full logits", compile, "torch"),
     "trl": ("TRL ChunkedDivergenceFunction", trl, "trl"),
     "liger": ("Liger LigerFusedLinearJSDLoss", liger, "liger_kernel"),
     "authors": ("the POCL authors' loss", authors, "torch"),
