@@ -133,10 +133,10 @@ def _run(
         from pocl.recipe import load_recipe
 
         recipe = load_recipe(name, overrides)
+        _quiet_libraries()
         if dry_run:
             _print_plan(recipe, console)
             return
-        _quiet_libraries()
         if trained and not (Path(recipe.output) / "student").is_dir():
             raise ValueError(f"{recipe.output} has no trained student yet: run pocl distill {name} first")
         from pocl.pipeline import run
@@ -203,7 +203,9 @@ def _print_plan(recipe: Recipe, console: Console) -> None:
     if made.unread:
         samples += f" ({'at most; ' if made.num_samples else ''}the data cannot be read: {made.unread})"
     console.print(f"\n{samples}. The teacher {made.teacher}.", highlight=False, soft_wrap=True)
-    table = Table(*made.stages[0], box=None, pad_edge=False)
+    console.print(f"Loss: {made.loss}.\n", highlight=False, soft_wrap=True)
+    # one space between columns, so that the longest table fits into 80
+    table = Table(*made.stages[0], box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for row in made.stages:
         table.add_row(*row.values())
     console.print(table)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pocl.pipeline.steps import build_steps
-from pocl.pipeline.training import curriculum_of, teacher_passes
+from pocl.pipeline.training import curriculum_of, divergence_parameters, scales_by_temperature, teacher_passes
 from pocl.recipe import Recipe
 
 
@@ -23,22 +26,47 @@ class Plan:
     """Why the data could not be read; empty if it was."""
     teacher: str
     """How often the teacher runs, in words."""
+    loss: str
+    """The divergence with its parameters, and its factor."""
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Stages, samples, steps, temperatures and learning rates of a recipe. Reads the data, never the models."""
+    """Stages, samples, steps, temperatures and learning rates of a recipe.
+
+    Reads the data where they are on this machine; fetches nothing, and never touches the models.
+    """
     from pocl.pipeline.prepare import split_examples
 
     count, unread = recipe.data.num_train, ""
     try:
-        count = len(split_examples(recipe)["train"])
-    except Exception as error:  # whatever a hub, a network or a file may raise: a plan is possible without
+        with _offline():
+            count = len(split_examples(recipe)["train"])
+    except ConnectionError:
+        unread = "they are not on this machine, and a plan fetches nothing"
+    except Exception as error:  # whatever a file or a loader may raise: a plan is possible without
         unread = f"{type(error).__name__}: {error}"
     curriculum = curriculum_of(recipe)
     parts = recipe.curriculum.num_stages
     training = recipe.training
-    subsets = None if count is None else [min(i * parts // count, parts - 1) for i in range(count)]
+    subsets = None if count is None else [min(i // max(1, count // parts), parts - 1) for i in range(count)]
     stages = curriculum.table(subsets, training.batch_size * training.gradient_accumulation_steps)
+    return Plan(
+        [(step.name, step.why) for step in build_steps(recipe)],
+        stages,
+        count,
+        unread,
+        _teacher(recipe),
+        _loss(recipe),
+    )
+
+
+def _loss(recipe: Recipe) -> str:
+    name = recipe.loss.divergence
+    parameters = "".join(f", {key} {value:g}" for key, value in divergence_parameters(recipe).items())
+    return f"{name}{parameters}, {'times T^2' if scales_by_temperature(recipe, name) else 'without T^2'}"
+
+
+def _teacher(recipe: Recipe) -> str:
     passes = teacher_passes(recipe)
     mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
     cached = mode == "cached" or (mode == "auto" and passes > 1 and not on_policy)
@@ -46,4 +74,21 @@ def plan(recipe: Recipe) -> Plan:
     teacher = f"runs once, its hidden states serve all {rounds}" if cached else f"runs at every step, {rounds}"
     if on_policy and cached:
         teacher += ", and again for responses that the student samples"
-    return Plan([(step.name, step.why) for step in build_steps(recipe)], stages, count, unread, teacher)
+    return teacher
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """The hub's libraries answer from their caches or fail at once, without retries."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 WARM_UP = "warm-up"
+SCALED_BY_AUTHORS = frozenset({"fkl", "jsd", "skew_rkl"})  # by T^2, in the code of the paper's authors
 
 
 def curriculum_of(recipe: Recipe) -> Curriculum:
@@ -72,9 +73,20 @@ def divergence_of(recipe: Recipe) -> Divergence:
     """The divergence that a recipe asks for, with its parameters; the skew comes from the stages."""
     from pocl_kernels import DIVERGENCES
 
+    return DIVERGENCES[recipe.loss.divergence](**divergence_parameters(recipe))
+
+
+def divergence_parameters(recipe: Recipe) -> dict[str, float]:
+    """The parameters of the divergence that the recipe's loss section sets."""
     loss = recipe.loss
-    parameters = {"jsd": {"beta": loss.beta}, "alpha": {"alpha": loss.alpha}}.get(loss.divergence, {})
-    return DIVERGENCES[loss.divergence](**parameters)
+    parameters = {"jsd": {"beta": loss.beta}, "alpha": {"alpha": loss.alpha}}
+    return parameters.get(loss.divergence, {})
+
+
+def scales_by_temperature(recipe: Recipe, divergence: str) -> bool:
+    """Whether the loss with a divergence of this name has the factor T^2."""
+    choice = recipe.loss.scale_by_temperature
+    return divergence in SCALED_BY_AUTHORS if choice == "authors" else choice
 
 
 def teacher_for_training(context: Context, *, on_policy: bool = False) -> Teacher:
@@ -101,6 +113,7 @@ def warm_up(context: Context) -> Mapping[str, Any]:
         subsets=[0] * len(rows),
         curriculum=Curriculum((stage,), WARM_UP, start="last"),
         divergence="fkl",
+        scale_by_temperature=scales_by_temperature(context.recipe, "fkl"),
     )
     trainer.train()
     _save(trainer, folder / "student")
@@ -166,6 +179,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
         subsets=subsets,
         curriculum=curriculum,
         divergence=divergence_of(recipe),
+        scale_by_temperature=scales_by_temperature(recipe, recipe.loss.divergence),
         on_policy=recipe.on_policy.share,
         on_policy_max_new_tokens=recipe.on_policy.max_new_tokens,
         on_policy_temperature=recipe.on_policy.temperature,
@@ -210,7 +224,6 @@ def _trainer(
         lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate_ratio},
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
-        scale_by_temperature=recipe.loss.scale_by_temperature,
         logging_steps=1 if len(rows) < 5000 else 10,
         eval_strategy="epoch" if evaluates else "no",
         save_strategy="epoch",

@@ -169,7 +169,8 @@ def describe_keys() -> list[tuple[str, str, str]]:
         for leaf, field in fields.items():
             default = "required" if field.is_required() else field.default
             key = f"{name}.{leaf}" if section else name
-            rows.append((key, str(default), _choices(field.annotation) + (field.description or "")))
+            meaning = " ".join((field.description or "").split())
+            rows.append((key, str(default), _choices(field.annotation) + meaning))
     return rows
 
 
@@ -177,7 +178,8 @@ def _choices(kind: Any) -> str:
     """`one of a, b. ` for a Literal, else nothing."""
     options = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        options = tuple(
-            o for part in typing.get_args(kind) if typing.get_origin(part) is Literal for o in typing.get_args(part)
-        )
+        parts = typing.get_args(kind)
+        options = tuple(o for part in parts if typing.get_origin(part) is Literal for o in typing.get_args(part))
+        if options and bool in parts:
+            options = ("true", "false", *options)
     return f"One of {', '.join(map(str, options))}. " if options else ""

@@ -191,11 +191,12 @@ class LossSection(Section):
     divergence: DivergenceName = "fkl"
     """Distance between the teacher's and the student's distribution."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Weight of `jsd` (1 is towards forward KL)."""
+    """Weight of `jsd` (1 is towards forward KL). The paper's authors have 0.1, in their words 0.9 on the student."""
     alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Order of `alpha`."""
-    scale_by_temperature: bool = True
-    """Multiply the divergence by the squared temperature, so that its gradient keeps its size."""
+    scale_by_temperature: bool | Literal["authors"] = True
+    """Multiply the divergence by the squared temperature, so that its gradient keeps its size. authors: as the code of
+    the paper's authors, which does so for `fkl`, `jsd` and `skew_rkl` alone."""
 
 
 class OnPolicySection(Section):
