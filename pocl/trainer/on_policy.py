@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class OnPolicy:
         was_training = model.training
         model.eval()
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with _plain_generation(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
                 output = model.generate(
                     ids.to(device),
@@ -160,6 +161,25 @@ class OnPolicy:
             content = json.loads(path.read_text("utf-8"))
             self.rounds = content["rounds"]
             self.replay.extend(content["rows"])
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Set a checkpoint's own generation settings aside: a repetition penalty, say, samples another distribution."""
+    from transformers import GenerationConfig
+
+    inner = heads.unwrapped(model)
+    holders = [holder for holder in (model, inner) if getattr(holder, "generation_config", None) is not None]
+    before = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig(
+                cache_implementation=holder.generation_config.cache_implementation
+            )
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
 
 
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,24 @@ def test_a_decision_and_a_sample_follow_from_the_place_alone(student, rows) -> N
     )
 
 
+def test_settings_that_a_checkpoint_generates_with_do_not_change_the_distribution(student, rows) -> None:
+    batch = Collator(0)(rows[:6])
+    plain = sampler().replace(student, batch, 0, 0, 0)
+    student.generation_config.repetition_penalty = 9.0
+    student.generation_config.update(top_k=1, min_p=0.9, suppress_tokens=list(range(3, 40)))
+    settings = student.generation_config
+    assert torch.equal(sampler().replace(student, batch, 0, 0, 0)["input_ids"], plain["input_ids"])
+    assert student.generation_config is settings
+
+
+def test_the_temperature_of_sampling_is_the_one_asked_for(student, rows) -> None:
+    batch = Collator(0)(rows)
+    greedy = sampler(temperature=1e-4).replace(student, batch, 0, 0, 0)
+    assert torch.equal(
+        sampler(temperature=1e-4, seed=1).replace(student, batch, 0, 0, 0)["input_ids"], greedy["input_ids"]
+    )
+
+
 def test_the_share_of_replaced_batches_is_the_probability(student, rows) -> None:
     half = sampler(probability=0.5, max_new_tokens=1)
     batch = Collator(0)(rows[:1])
