@@ -63,6 +63,36 @@ def test_the_first_logged_loss_is_the_formula_on_the_models_own_logits(student, 
     assert first["divergence"] == pytest.approx(divergence.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_every_stage_has_its_own_temperature_ratio_and_skew(
+    scaled: bool, student, teacher, config, rows, subsets
+) -> None:
+    stages = (
+        Stage(0, (0, 1, 2), 1, temperature=1.0, kd_ratio=0.7, skew=0.1),
+        Stage(1, (0, 1, 2), 1, temperature=3.0, kd_ratio=0.2, skew=0.5),
+    )
+    args = config(
+        per_device_train_batch_size=22, optim="sgd", learning_rate=1e-30, lr_scheduler_kwargs={"min_lr": 0.0},
+        scale_by_temperature=scaled,
+    )  # fmt: skip
+    batch = Collator(0)(rows)
+    labels = heads.shifted_labels(batch["labels"])
+    chosen = labels != -100
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        z_s, z_t = student(**inputs).logits[chosen].double(), teacher.model(**inputs).logits[chosen].double()
+    expected = []
+    for stage in stages:
+        p, q = (z_t / stage.temperature).softmax(-1), (z_s / stage.temperature).softmax(-1)
+        mixture = stage.skew * p + (1 - stage.skew) * q
+        divergence = (p * (p / mixture).log()).sum(-1).mean()
+        factor = stage.temperature**2 if scaled else 1.0
+        cross_entropy = F.cross_entropy(z_s, labels[chosen])
+        expected.append((stage.kd_ratio * factor * divergence + (1 - stage.kd_ratio) * cross_entropy).item())
+    make(student, teacher, args, rows, subsets=subsets, curriculum=Curriculum(stages), divergence="skew_fkl").train()
+    assert [line["loss"] for line in log_of(args) if "loss" in line] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("how", ["accumulation", "padding", "packing"])
 def test_weights_do_not_depend_on(how: str, student, teacher, config, rows, subsets, tmp_path) -> None:
     def result(folder: str, per_device: int, accumulation: int, packing: bool = False, collator: Any = None) -> Any:
