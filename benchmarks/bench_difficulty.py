@@ -3,6 +3,7 @@
     python -m benchmarks.bench_difficulty --data dolly.jsonl --model runs/quickstart/student    # everything
     python -m benchmarks.bench_difficulty --data dolly.jsonl --model ... --only cross-entropy   # one part
     python -m benchmarks.bench_difficulty --only memory                                         # needs no data
+    python -m benchmarks.bench_difficulty --data dolly.jsonl --model ... --runs 3 --save        # files the results
 
 The authors' procedure: batches of 16 in the order of the data, padded; answers by `model.generate` until the longest
 of the batch ends; cross-entropy from the full logits of rows padded to the maximum length; ROUGE-L by `rouge_score`, a
@@ -20,17 +21,19 @@ Times are given by the wall clock and by the processors' time, which other progr
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import machine, peak_bytes
+from benchmarks.measure import machine, peak_bytes, save_results
 
 PARTS = ("rouge", "cross-entropy", "answers", "score", "identity", "memory")
 BATCH = 16
@@ -107,24 +110,26 @@ def authors_rouge(predictions: Sequence[str], references: Sequence[str]) -> list
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-class Clock:
-    """Runs functions and remembers how long each took, by the wall clock and by the processors."""
+def take_turns(functions: dict[str, Callable[[], Any]], runs: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(last result, [wall seconds, CPU seconds] of every run) of each function, A B A B ..."""
+    results, times = {}, {name: [] for name in functions}  # type: ignore[var-annotated]
+    for _ in range(runs):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            results[name] = function()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return results, times
 
-    def __init__(self) -> None:
-        self.times: dict[str, tuple[float, float]] = {}
 
-    def __call__(self, name: str, function: Callable[[], Any]) -> Any:
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = function()
-        self.times[name] = (time.perf_counter() - wall, time.process_time() - cpu)
-        return result
-
-    def report(self, count: int, theirs: str, ours: str) -> None:
-        for name in (theirs, ours):
-            wall, cpu = self.times[name]
-            print(f"  {name:34} {wall:8.2f} s  {cpu:8.2f} s of CPU  {count / wall:8.2f} samples/s")
-        ratios = [t / o for t, o in zip(self.times[theirs], self.times[ours], strict=True)]
-        print(f"  {'ratio':34} {ratios[0]:8.2f}    {ratios[1]:8.2f}")
+def show(times: dict[str, Any], count: int) -> None:
+    """A line for each, medians, and how many times as fast ours is."""
+    medians = {name: [statistics.median(kind) for kind in zip(*runs, strict=True)] for name, runs in times.items()}
+    for name, (wall, cpu) in medians.items():
+        line = f"  {name:34} {wall:8.2f} s  {cpu:8.2f} s of CPU  {count / wall:8.2f} samples/s"
+        if name != "pocl":
+            ratios = [theirs / ours for theirs, ours in zip((wall, cpu), medians["pocl"], strict=True)]
+            line += f"  {ratios[0]:6.2f} x the time of pocl, {ratios[1]:6.2f} x by CPU"
+        print(line)
 
 
 def answer_settings(arguments: argparse.Namespace) -> Any:
@@ -154,7 +159,19 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any, list[Any]]:
     return model, tokenizer, examples, samples
 
 
-def bench_rouge(arguments: argparse.Namespace) -> None:
+def settings_of(arguments: argparse.Namespace, model: Any, samples: Sequence[Any]) -> dict[str, Any]:
+    """What a result was measured on, to be filed with it; the data by its name alone."""
+    return {
+        "data": Path(arguments.data).name,
+        "samples": len(samples),
+        "tokens": sum(map(len, samples)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": model.config.vocab_size,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
+
+
+def bench_rouge(arguments: argparse.Namespace) -> dict[str, Any]:
     from pocl.data import load_examples
     from pocl.rouge import rouge_l
 
@@ -163,69 +180,90 @@ def bench_rouge(arguments: argparse.Namespace) -> None:
     answers = [row["response"] for row in load_examples(arguments.data, limit=500)]
     predictions = answers[1:] + answers[:1]
     rouge_l(predictions, answers)
-    clock = Clock()
-    expected = clock("rouge_score", lambda: authors_rouge(predictions, answers))
-    found = clock("pocl", lambda: rouge_l(predictions, answers))
-    differing = sum(a != b for a, b in zip(expected, found, strict=True))
+    functions = {
+        "rouge_score": lambda: authors_rouge(predictions, answers),
+        "pocl": lambda: rouge_l(predictions, answers),
+    }
+    scores, times = take_turns(functions, max(arguments.runs, 5))
+    differing = sum(a != b for a, b in zip(scores["rouge_score"], scores["pocl"], strict=True))
     print(f"\nROUGE-L of {len(answers)} pairs; pairs that differ: {differing}")
-    clock.report(len(answers), "rouge_score", "pocl")
+    show(times, len(answers))
+    return {"data": Path(arguments.data).name, "samples": len(answers), "differing": differing, "times": times}
 
 
-def bench_cross_entropy(arguments: argparse.Namespace) -> None:
+def bench_cross_entropy(arguments: argparse.Namespace) -> dict[str, Any]:
     from pocl.difficulty.measure import token_scores
 
     model, _, _, samples = load(arguments)
     token_scores(model, samples[:8])
-    clock = Clock()
-    with torch.inference_mode():
-        expected = clock("authors, padded to 512", lambda: authors_cross_entropies(model, samples, 512))
-        clock("authors, padded to the longest", lambda: authors_cross_entropies(model, samples, None))
-    found = clock("pocl", lambda: [s.cross_entropy for s in token_scores(model, samples)])
-    error = max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+
+    def authors(width: int | None) -> list[float]:
+        with torch.inference_mode():
+            return authors_cross_entropies(model, samples, width)
+
+    functions = {
+        "authors": lambda: authors(512),
+        "authors, padded to the longest": lambda: authors(None),
+        "pocl": lambda: [s.cross_entropy for s in token_scores(model, samples)],
+    }
+    found, times = take_turns(functions, arguments.runs)
+    error = max(abs(a - b) / b for a, b in zip(found["pocl"], found["authors"], strict=True))
     print(f"\nCross-entropy; largest relative difference: {error:.1e}")
-    clock.report(len(samples), "authors, padded to 512", "pocl")
-    clock.report(len(samples), "authors, padded to the longest", "pocl")
+    show(times, len(samples))
+    return settings_of(arguments, model, samples) | {"error": error, "times": times}
 
 
-def bench_answers(arguments: argparse.Namespace) -> None:
+def bench_answers(arguments: argparse.Namespace) -> dict[str, Any]:
     from pocl.generation import end_tokens, generate
 
     model, tokenizer, _, samples = load(arguments)
     settings, ends = answer_settings(arguments), end_tokens(model, tokenizer)
     prompts = [s.prompt for s in samples]
-    clock = Clock()
-    with torch.inference_mode():
-        expected = clock("authors", lambda: authors_answers(model, prompts, settings, ends))
-    found = clock("pocl", lambda: generate(model, prompts, settings, eos_token_ids=ends, progress=False))
-    print("\nAnswers: " + _agreement(found, expected))
-    clock.report(len(samples), "authors", "pocl")
+
+    def authors() -> list[list[int]]:
+        with torch.inference_mode():
+            return authors_answers(model, prompts, settings, ends)
+
+    functions = {
+        "authors": authors,
+        "pocl": lambda: generate(model, prompts, settings, eos_token_ids=ends, progress=False),
+    }
+    found, times = take_turns(functions, arguments.runs)
+    print("\nAnswers: " + _agreement(found["pocl"], found["authors"]))
+    show(times, len(samples))
+    equal = _equal(found["pocl"], found["authors"])
+    return settings_of(arguments, model, samples) | {"equal": equal, "times": times}
 
 
-def bench_score(arguments: argparse.Namespace) -> None:
+def bench_score(arguments: argparse.Namespace) -> dict[str, Any]:
     from pocl.difficulty import score
     from pocl.generation import end_tokens
 
     model, tokenizer, examples, samples = load(arguments)
     settings, ends = answer_settings(arguments), end_tokens(model, tokenizer)
-    clock = Clock()
 
-    def authors() -> tuple[list[list[int]], list[float]]:
+    def authors() -> tuple[list[str], list[float]]:
         with torch.inference_mode():
             authors_cross_entropies(model, samples, 512)
             answers = authors_answers(model, [s.prompt for s in samples], settings, ends)
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return answers, authors_rouge(texts, [s.reference for s in samples])
+        return texts, authors_rouge(texts, [s.reference for s in samples])
 
-    expected, rouge = clock("authors", authors)
-    scores = clock("pocl", lambda: score(model, tokenizer, examples, generation=settings, progress=False))
-    texts = tokenizer.batch_decode(expected, skip_special_tokens=True)
-    print("\nThe whole: " + _agreement(scores["response"][:], texts))
-    same = [i for i, text in enumerate(texts) if text == scores["response"][i]]
-    print(f"  ROUGE-L of equal answers differs for {sum(rouge[i] != scores['rouge_l'][i] for i in same)}")
-    clock.report(len(samples), "authors", "pocl")
+    functions = {
+        "authors": authors,
+        "pocl": lambda: score(model, tokenizer, examples, generation=settings, progress=False),
+    }
+    found, times = take_turns(functions, arguments.runs)
+    texts, rouge = found["authors"]
+    answers, scores = found["pocl"]["response"][:], found["pocl"]["rouge_l"]
+    print("\nThe whole: " + _agreement(answers, texts))
+    same = [i for i, text in enumerate(texts) if text == answers[i]]
+    print(f"  ROUGE-L of equal answers differs for {sum(rouge[i] != scores[i] for i in same)}")
+    show(times, len(samples))
+    return settings_of(arguments, model, samples) | {"equal": len(same), "times": times}
 
 
-def bench_identity(arguments: argparse.Namespace) -> None:
+def bench_identity(arguments: argparse.Namespace) -> dict[str, Any]:
     from pocl.generation import end_tokens, generate
 
     model, tokenizer, _, samples = load(arguments)
@@ -235,14 +273,21 @@ def bench_identity(arguments: argparse.Namespace) -> None:
     with torch.inference_mode():
         expected = [generate_padded(model, [prompt], settings, ends)[0] for prompt in prompts]
     print("\nAnswers against one prompt at a time: " + _agreement(found, expected))
+    differences = []
     for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         if ours != theirs:
-            print(f"  sample {samples[i].sample_id}: {_first_difference(model, prompts[i], ours, theirs)}")
+            differences.append(f"sample {samples[i].sample_id}: {_first_difference(model, prompts[i], ours, theirs)}")
+            print(f"  {differences[-1]}")
+    equal = _equal(found, expected)
+    return settings_of(arguments, model, samples) | {"equal": equal, "differences": differences}
+
+
+def _equal(found: Sequence[Any], expected: Sequence[Any]) -> int:
+    return sum(a == b for a, b in zip(found, expected, strict=True))
 
 
 def _agreement(found: Sequence[Any], expected: Sequence[Any]) -> str:
-    equal = sum(a == b for a, b in zip(found, expected, strict=True))
-    length = sum(map(len, expected)) / len(expected)
+    equal, length = _equal(found, expected), sum(map(len, expected)) / len(expected)
     return f"{equal} of {len(expected)} equal ({100 * equal / len(expected):.1f} %), mean length {length:.0f}"
 
 
@@ -255,10 +300,7 @@ def _first_difference(model: Any, prompt: Sequence[int], ours: list[int], theirs
     return f"token {at}, the two largest logits differ by {float(best[0] - best[1]):.1e}"
 
 
-def bench_memory(arguments: argparse.Namespace) -> None:
-    if arguments.vocabulary:
-        print(json.dumps(_memory_of_scoring(arguments.vocabulary)))
-        return
+def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     peaks = {}
     for vocabulary in VOCABULARIES:
         command = [sys.executable, "-m", "benchmarks.bench_difficulty", "--only", "memory"]
@@ -268,6 +310,7 @@ def bench_memory(arguments: argparse.Namespace) -> None:
     for vocabulary, peak in peaks.items():
         print(f"  V = {vocabulary:<7} {peak / 2**20:8.1f} MiB")
     print(f"  ratio       {peaks[VOCABULARIES[1]] / peaks[VOCABULARIES[0]]:8.3f}")
+    return {"peak_bytes": peaks}
 
 
 def _memory_of_scoring(vocabulary: int) -> int | None:
@@ -340,12 +383,18 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
+    parser.add_argument("--runs", type=int, default=1, help="runs of each side, in turn (default: 1; of ROUGE-L >= 5)")
+    parser.add_argument("--save", action="store_true", help="file each part's result under benchmarks/results")
     parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not arguments.vocabulary:
-        print(machine())
+    if arguments.vocabulary:
+        print(json.dumps(_memory_of_scoring(arguments.vocabulary)))
+        return
+    print(machine())
     for part in arguments.only or PARTS:
-        globals()[f"bench_{part.replace('-', '_')}"](arguments)
+        result = globals()[f"bench_{part.replace('-', '_')}"](arguments)
+        if arguments.save:
+            print(f"  filed in {save_results('difficulty', {part: result})}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_training --data dolly.jsonl                  # all variants, each in its own process
     python -m benchmarks.bench_training --data dolly.jsonl --only cached    # one variant, in this process
+    python -m benchmarks.bench_training --data dolly.jsonl --steps 12 --save
 
 Teacher SmolLM2-135M-Instruct, student six of its layers. Variants:
 
@@ -34,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Timing, machine
+from benchmarks.measure import Timing, machine, save_results
 
 VARIANTS = ("cached", "online", "authors", "trl-gkd")
-STAGE = {"temperature": 2.0, "kd_ratio": 0.7}
+STAGE: dict[str, Any] = {"temperature": 2.0, "kd_ratio": 0.7}
 WARM_UP = 2
 
 
@@ -299,12 +300,15 @@ def report(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="hub id or file of instruction/output rows")
-    parser.add_argument("--steps", type=int, default=6, help="steps counted, after two that are not")
+    parser.add_argument("--steps", type=int, default=6, help="steps counted, at least 2, after two that are not")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--only", choices=VARIANTS, help="measure one variant in this process and print JSON")
+    parser.add_argument("--save", action="store_true", help="file the results under benchmarks/results")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first step's batch is loaded before the clock starts")
     sizes = ["--steps", str(options.steps), "--batch-size", str(options.batch_size)]
     sizes += ["--max-length", str(options.max_length), "--data", options.data]
     if options.only:
@@ -313,12 +317,17 @@ def main() -> None:
     results = {}
     for variant in options.variants:
         command = [sys.executable, "-m", "benchmarks.bench_training", "--only", variant, *sizes]
+        print(f"{variant} ...", file=sys.stderr, flush=True)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             print(f"{variant}: failed with exit code {done.returncode}", file=sys.stderr)
             continue
         results[variant] = json.loads(done.stdout.splitlines()[-1])
     print(report(results))
+    if options.save:
+        name = f"{options.steps} steps, batch {options.batch_size}, length {options.max_length}"
+        settings = {"data": Path(options.data).name, "batch_size": options.batch_size, "max_length": options.max_length}
+        print(f"filed in {save_results('training', {name: settings | {'variants': results}})}")
 
 
 if __name__ == "__main__":
