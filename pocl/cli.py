@@ -33,6 +33,9 @@ _RecipeArgument = Annotated[str, typer.Argument(help="YAML file, or the name of 
 _Change = Annotated[
     bool, typer.Option("--change", help="Accept a folder of another recipe: keep what still fits, redo the rest.")
 ]
+_Plot = Annotated[
+    bool, typer.Option("--plot", help="Draw the ranking into report/, and print the easiest and the hardest samples.")
+]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan (stages, samples, steps, temperatures, rates); do nothing.")
 ]
@@ -58,12 +61,13 @@ def distill(context: typer.Context, recipe: _RecipeArgument, dry_run: _DryRun = 
 
 
 @app.command(context_settings=_OVERRIDES)
-def rank(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
+def rank(context: typer.Context, recipe: _RecipeArgument, change: _Change = False, plot: _Plot = False) -> None:
     """Only rank the recipe's training samples by difficulty for its student.
 
-    Writes ranking/ranked.parquet in the run folder: prompts and responses with rank and subset, for any trainer.
+    Writes ranking/ranked.parquet in the run folder: prompts and responses with rank and subset, for any trainer. A
+    student of your own needs no teacher, unless the recipe warms it up or ranks by the teacher.
     """
-    _run(recipe, context.args, until="ranking", change=change)
+    _run(recipe, context.args, until="ranking", change=change, plot=plot)
 
 
 @app.command("cache-teacher", context_settings=_OVERRIDES)
@@ -126,8 +130,9 @@ def _run(
     dry_run: bool = False,
     change: bool = False,
     trained: bool = False,
+    plot: bool = False,
 ) -> None:
-    """Read a recipe and run it up to a step; `trained`: only if its training is finished."""
+    """Read a recipe and run it up to a step; `trained`: only if its training is finished; `plot`: show the ranking."""
 
     def work(console: Console) -> None:
         from pocl.recipe import load_recipe
@@ -142,6 +147,8 @@ def _run(
         from pocl.pipeline import run
 
         folder = run(recipe, until=until, change=change, console=console)
+        if plot:
+            _plot_ranking(folder, console)
         _print_outcome(folder, until, console)
 
     _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
@@ -150,6 +157,7 @@ def _run(
 def _guarded(work: Callable[[Console], None], command: str) -> None:
     """Run a command's work; what a user can mend is told in words, without a traceback."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     try:
@@ -159,7 +167,7 @@ def _guarded(work: Callable[[Console], None], command: str) -> None:
         console.print(f"  {command}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        Console(stderr=True).print("[red]Error:[/red]", str(error), highlight=False, markup=True, soft_wrap=True)
+        Console(stderr=True).print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -209,6 +217,23 @@ def _print_plan(recipe: Recipe, console: Console) -> None:
     for row in made.stages:
         table.add_row(*row.values())
     console.print(table)
+
+
+def _plot_ranking(folder: Path, console: Console) -> None:
+    """Draw the ranking, and print the samples at both of its ends in words."""
+    from rich.markup import escape
+
+    from pocl.report import Run, extreme_samples, write_report
+
+    write_report(folder)
+    for title, table in zip(("easiest", "hardest"), extreme_samples(Run.read(folder).ranked), strict=True):
+        console.print(f"\n[bold]The {title} samples[/bold]")
+        for row in table.rows:
+            cells = list(enumerate(zip(table.header, row, strict=True)))
+            measures = ", ".join(f"{name} {text}" for column, (name, text) in cells if column in table.numbers)
+            console.print(f"  {measures}", highlight=False, soft_wrap=True)
+            for _, (name, text) in (cell for cell in cells if cell[0] not in table.numbers):
+                console.print(f"    [dim]{name}:[/dim] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _print_outcome(folder: Path, until: str, console: Console) -> None:

@@ -83,12 +83,13 @@ def rank(
     """
     chosen = tuple(c if isinstance(c, Criterion) else Criterion(**c) for c in criteria)
     _check(scores, k, num_subsets, chosen, partition)
-    fused = [0.0] * len(scores)
-    columns: dict[str, list[int]] = {}
-    for criterion in chosen:
-        ranks = ordinal_ranks(_finite(scores, criterion), direction=criterion.direction)
-        columns[f"rank_{criterion.column}"] = ranks
-        fused = [total + criterion.weight / (k + r) for total, r in zip(fused, ranks, strict=True)]
+    columns = {f"rank_{c.column}": ordinal_ranks(_finite(scores, c), direction=c.direction) for c in chosen}
+    weights = [c.weight for c in chosen]
+    # fsum rounds once: samples with the same ranks under other criteria tie exactly, whatever the criteria's order
+    fused = [
+        math.fsum(w / (k + r) for w, r in zip(weights, ranks, strict=True))
+        for ranks in zip(*columns.values(), strict=True)
+    ]
     ranks = ordinal_ranks(fused, direction="descending")
     subsets = _by_count(ranks, num_subsets) if partition == "count" else _by_quantile(fused, ranks, num_subsets)
     new = {"rank": ranks, "rrf_score": fused, "subset": subsets, **columns}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl.pipeline.context import Context
-from pocl.pipeline.engine import run_steps
+from pocl.pipeline.engine import Step, run_steps
 from pocl.pipeline.steps import CACHE, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(recipe: Recipe, *, until: str = "report", change: bool = False, console: Console | None = None) -> Path:
-    """Do what is missing in the recipe's output folder, up to and with the step `until`.
+    """Do what is missing in the recipe's output folder for the step `until`, and that step.
 
     Args:
         recipe: what to do.
@@ -42,5 +43,14 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
     folder = RunFolder(path, change=change)
     folder.claim(recipe.model_dump(mode="json"))
     context = Context(recipe, path, console or Console())
-    run_steps(steps[: names.index(until) + 1], context, folder, context.console)
+    run_steps(needed_for(steps, until), context, folder, context.console)
     return path
+
+
+def needed_for(steps: Sequence[Step], until: str) -> list[Step]:
+    """The step `until` and those that it depends on, in order."""
+    found = {until}
+    for step in reversed(steps):
+        if step.name in found:
+            found |= set(step.needs)
+    return [step for step in steps if step.name in found]

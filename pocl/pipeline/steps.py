@@ -17,6 +17,9 @@ def build_steps(recipe: Recipe) -> list[Step]:
     """Models, data, teacher cache (if used), warm-up (if any), ranking, training, evaluation, report."""
     values = recipe.model_dump(mode="json")
     seed = {"seed": recipe.seed}
+    student_content = recipe.student.model and source_fingerprint(recipe.student.model, recipe.student.revision)
+    # A student of one's own brings its tokenizer: its samples can be read and ranked before a teacher is there.
+    own = recipe.student.model is not None
     before = [MODELS, DATA]
     steps = [
         Step(
@@ -27,8 +30,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             settings={
                 **_part(values, "teacher", "student"),
                 "teacher_content": source_fingerprint(recipe.teacher.model, recipe.teacher.revision),
-                "student_content": recipe.student.model
-                and source_fingerprint(recipe.student.model, recipe.student.revision),
+                "student_content": student_content,
             },
         ),
         Step(
@@ -36,10 +38,11 @@ def build_steps(recipe: Recipe) -> list[Step]:
             "Read the questions and answers, and set some aside that the student never trains on.",
             prepare_data,
             outputs=["data"],
-            needs=[MODELS],
+            needs=[] if own else [MODELS],
             settings={
                 **_part(values, "data"),
                 **seed,
+                "tokenizer": student_content,
                 "content": {
                     key: source_fingerprint(source)
                     for key in ("source", "validation", "test")
@@ -72,14 +75,21 @@ def build_steps(recipe: Recipe) -> list[Step]:
             )
         )
         before.append(WARMUP)
+    teacherless = own and not recipe.warmup.epochs and not recipe.ranking.needs_teacher
     steps += [
         Step(
             RANKING,
-            "The student answers every training question: what it answers well and expects is easy.",
+            "The student answers every training question: what it answers well and expects is easy."
+            if recipe.ranking.needs_answers
+            else "What the student expects, or whatever the recipe's criteria say, is easy.",
             rank_samples,
             outputs=["ranking"],
-            needs=[name for name in before if name != CACHE],
-            settings={**_part(values, "ranking"), "num_stages": recipe.curriculum.num_stages},
+            needs=[name for name in before if name != CACHE and not (teacherless and name == MODELS)],
+            settings={
+                **_part(values, "ranking"),
+                "num_stages": recipe.curriculum.num_stages,
+                "student": {**_part(values, "student"), "content": student_content} if own else None,
+            },
         ),
         Step(
             TRAINING,

@@ -15,6 +15,7 @@ from pocl.run_folder import write_text
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from pocl.difficulty import Criterion
     from pocl.teacher import Teacher
     from pocl_kernels import Divergence
 
@@ -121,8 +122,21 @@ def warm_up(context: Context) -> Mapping[str, Any]:
     return {"steps": trainer.state.global_step, "note": _loss_note(folder)}
 
 
+def criteria_of(recipe: Recipe) -> list[Criterion]:
+    """The criteria that a recipe ranks by."""
+    from pocl import difficulty
+
+    found = []
+    for section in recipe.ranking.criteria:
+        known: Criterion = getattr(difficulty, section.measure.upper())
+        found.append(difficulty.Criterion(known.column, section.direction or known.direction, section.weight))
+    return found
+
+
 def rank_samples(context: Context) -> Mapping[str, Any]:
     """Score every training sample with the student as it is, rank, and cut the ranking into parts."""
+    from datasets import concatenate_datasets
+
     from pocl.difficulty import rank, score
     from pocl.generation import GenerationSettings
 
@@ -137,17 +151,19 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
         context.tokenizer(),
         examples,
         output_dir=context.path / "ranking",
-        generation=settings,
+        answers=section.needs_answers,
+        generation=settings if section.needs_answers else None,
+        teacher=context.teacher() if section.needs_teacher else None,
         **context.text_options(),
     )
     num_stages = context.recipe.curriculum.num_stages
-    ranked = rank(scores, k=section.k, num_subsets=num_stages, partition=section.partition)
-    # `response` is the reference in a data set that other trainers read: the student's answer gets a name of its own
-    ranked = ranked.rename_column("response", "student_response")
+    criteria = criteria_of(context.recipe)
+    ranked = rank(scores, k=section.k, num_subsets=num_stages, criteria=criteria, partition=section.partition)
+    if section.needs_answers:
+        # `response` is the reference in a data set that other trainers read: the student's answer gets another name
+        ranked = ranked.rename_column("response", "student_response")
     order = {number: row for row, number in enumerate(examples["id"])}
     chosen = examples.select([order[number] for number in ranked["sample_id"]]).remove_columns("id")
-    from datasets import concatenate_datasets
-
     write_parquet(concatenate_datasets([ranked, chosen], axis=1), context.path / "ranking" / "ranked.parquet")
     easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
     return {

@@ -128,9 +128,40 @@ class WarmupSection(Section):
     """Weight of the distillation loss against label cross-entropy."""
 
 
+Measure = Literal["rouge_l", "cross_entropy", "response_length", "teacher_cross_entropy", "kl_to_teacher"]
+
+
+class CriterionSection(Section):
+    """One measure of difficulty. A plain string stands for `measure`."""
+
+    measure: Measure
+    direction: Literal["ascending", "descending"] | None = None
+    """`ascending`: small values are easy. Empty: large values of rouge_l are easy, small ones of all others."""
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+
+    def __repr__(self) -> str:
+        options: list[str] = [self.direction] if self.direction else []
+        options += [f"weight {self.weight:g}"] if self.weight != 1 else []
+        return f"{self.measure} ({', '.join(options)})" if options else self.measure
+
+
+def _as_criteria(value: Any) -> Any:
+    given = (value,) if isinstance(value, (str, Mapping)) else value
+    return (
+        tuple({"measure": v} if isinstance(v, str) else v for v in given) if isinstance(given, (list, tuple)) else value
+    )
+
+
 class RankingSection(Section):
     """How hard each sample is for the student: its answer's ROUGE-L and its cross-entropy, fused by reciprocal rank."""
 
+    criteria: Annotated[tuple[CriterionSection, ...], BeforeValidator(_as_criteria), Field(min_length=1)] = (
+        CriterionSection(measure="rouge_l"),
+        CriterionSection(measure="cross_entropy"),
+    )
+    """What makes a sample hard: any of rouge_l, cross_entropy, response_length, teacher_cross_entropy, kl_to_teacher,
+    or `{measure: ..., direction: ascending | descending, weight: 1.0}`. Without rouge_l nothing is generated, the most
+    of the work. The paper: the first two."""
     k: PositiveFloat = 60.0
     """Constant of reciprocal rank fusion, 1 / (k + rank)."""
     max_new_tokens: PositiveInt = 256
@@ -139,6 +170,23 @@ class RankingSection(Section):
     """No phrase of this many tokens twice in prompt and answer. 0: no such rule."""
     partition: Literal["count", "quantile"] = "count"
     """Parts of equal size (the paper), or cut at quantiles of the score so that equal scores stay together."""
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the student has to answer the questions."""
+        return any(criterion.measure == "rouge_l" for criterion in self.criteria)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher has to run over the samples."""
+        return any("teacher" in criterion.measure for criterion in self.criteria)
+
+    @model_validator(mode="after")
+    def _each_measure_once(self) -> RankingSection:
+        names = [criterion.measure for criterion in self.criteria]
+        if len(set(names)) < len(names):
+            raise ValueError(f"criteria name a measure twice: {', '.join(names)}; give each once, with a weight")
+        return self
 
 
 class CurriculumSection(Section):

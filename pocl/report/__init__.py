@@ -9,7 +9,7 @@ from typing import Any
 from pocl.report.document import Code, Document, Heading, Paragraph, Picture, Table
 from pocl.report.run import MODEL_NAMES, Run
 
-__all__ = ["Run", "results_table", "write_report"]
+__all__ = ["Run", "extreme_samples", "results_table", "write_report"]
 
 _SHOWN_SAMPLES = 5
 _SHOWN_ANSWERS = 8
@@ -100,43 +100,59 @@ def _results(run: Run, folder: Path, document: Document) -> None:
 def _difficulty(run: Run, folder: Path, document: Document) -> None:
     if not run.ranked:
         return
-    from pocl.report.figures import draw_difficulty
+    from pocl.report.figures import CRITERIA, draw_difficulty, fused_criteria
 
     draw_difficulty(run.ranked, folder / "difficulty.png")
-    order = sorted(range(len(run.ranked["rank"])), key=lambda i: run.ranked["rank"][i])
+    names = [CRITERIA.get(name, name) for name in fused_criteria(run.ranked)]
+    answered = "Before the curriculum the student answered every training question. "
+    resembles = "its answer resembles the reference (ROUGE-L) and the reference does not surprise it (cross-entropy)"
+    meaning = resembles if set(names) == {"ROUGE-L", "cross-entropy"} else f"it ranks low by {', '.join(names)}"
+    fusion = "The rankings are fused (reciprocal rank fusion)" if len(names) > 1 else "The ranking is"
+    easiest, hardest = extreme_samples(run.ranked)
     document.add(
         Heading("What is easy, what is hard"),
         Paragraph(
-            "Before the curriculum the student answered every training question. A sample is easy if its answer "
-            "resembles the reference (ROUGE-L) and the reference does not surprise it (cross-entropy). The two "
-            f"rankings are fused (reciprocal rank fusion) and cut into {len(set(run.ranked['subset']))} parts."
+            (answered if "student_response" in run.ranked else "")
+            + f"A sample is easy if {meaning}. {fusion}{' and' if len(names) > 1 else ''} cut into "
+            f"{len(set(run.ranked['subset']))} parts."
         ),
         Picture(
             "difficulty.png",
-            "Left: cross-entropy of the training samples; the parts overlap because ROUGE-L counts too. "
-            "Right: every dot is a sample.",
+            "Left: cross-entropy of the training samples"
+            + ("; the parts overlap because other criteria count too. " if names != ["cross-entropy"] else ". ")
+            + ("Right: every dot is a sample." if len(names) > 1 else ""),
         ),
         Heading("The easiest samples", 3),
-        _sample_table(run.ranked, order[:_SHOWN_SAMPLES]),
+        easiest,
         Heading("The hardest samples", 3),
-        _sample_table(run.ranked, order[::-1][:_SHOWN_SAMPLES]),
+        hardest,
     )
 
 
+def extreme_samples(ranked: Mapping[str, Sequence[Any]]) -> tuple[Table, Table]:
+    """The easiest and the hardest samples of a ranking in words, each from its end."""
+    order = sorted(range(len(ranked["rank"])), key=lambda i: ranked["rank"][i])
+    return _sample_table(ranked, order[:_SHOWN_SAMPLES]), _sample_table(ranked, order[::-1][:_SHOWN_SAMPLES])
+
+
 def _sample_table(ranked: Mapping[str, Sequence[Any]], chosen: Sequence[int]) -> Table:
-    header = ["rank", "question", "reference answer", "the student's answer then", "cross-entropy", "ROUGE-L"]
-    rows = [
-        [
-            str(ranked["rank"][i]),
-            shorten(ranked["prompt"][i]),
-            shorten(ranked["response"][i]),
-            shorten(ranked["student_response"][i]),
-            _number(ranked["cross_entropy"][i], 2),
-            _number(ranked["rouge_l"][i], 2),
-        ]
-        for i in chosen
-    ]
-    return Table(header, rows, numbers=frozenset({0, 4, 5}))
+    from pocl.report.figures import CRITERIA, fused_criteria
+
+    titles = {
+        "prompt": "question",
+        "response": "reference answer",
+        "student_response": "the student's answer then",
+    }
+    texts = [name for name in titles if name in ranked]
+    fused = fused_criteria(ranked)
+    measures = [name for name in dict.fromkeys(["cross_entropy", "rouge_l", *fused]) if name in ranked]
+    rows = []
+    for i in chosen:
+        values = [ranked[name][i] for name in measures]
+        numbers = [str(value) if isinstance(value, int) else _number(value, 2) for value in values]
+        rows.append([str(ranked["rank"][i]), *(shorten(ranked[name][i]) for name in texts), *numbers])
+    header = ["rank", *(titles[name] for name in texts), *(CRITERIA.get(name, name) for name in measures)]
+    return Table(header, rows, numbers=frozenset({0, *range(1 + len(texts), len(header))}))
 
 
 def shorten(text: str, limit: int = 160) -> str:

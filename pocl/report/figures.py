@@ -13,17 +13,34 @@ if TYPE_CHECKING:
 INK, QUIET, GRID = "#1d2733", "#7b8794", "#e4e9f0"
 TEACHING, LABELS, BEST = "#2f6fab", "#d1782a", "#2a8c6e"
 DPI = 140
+CRITERIA = {
+    "rouge_l": "ROUGE-L",
+    "cross_entropy": "cross-entropy",
+    "num_tokens": "length",
+    "teacher_cross_entropy": "teacher's cross-entropy",
+    "kl_to_teacher": "KL to teacher",
+}
+"""What the columns of a ranking are called."""
+
+
+def fused_criteria(ranked: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The columns that were ranked by, from the `rank_<column>` beside them."""
+    return [name.removeprefix("rank_") for name in ranked if name.startswith("rank_")]
 
 
 def draw_difficulty(ranked: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Cross-entropies by part, and the two rankings against each other.
+    """Cross-entropies by part, and the rankings that were fused against each other, the first against each other one.
 
     Args:
-        ranked: columns `cross_entropy`, `rouge_l`, `rank_cross_entropy`, `rank_rouge_l` and `subset`.
+        ranked: columns `cross_entropy`, `subset` and `rank_<criterion>` for each criterion.
         path: PNG to write.
     """
-    figure = _figure(9.6, 3.7)
-    left, right = figure.subplots(1, 2)
+    from matplotlib.ticker import MaxNLocator
+
+    first, *others = fused_criteria(ranked)
+    figure = _figure(9.6 if others else 5.2, 3.7 * max(1, len(others)))
+    grid = figure.add_gridspec(max(1, len(others)), 2 if others else 1)
+    left = figure.add_subplot(grid[:, 0])
     subsets = sorted(set(ranked["subset"]))
     colours = _easy_to_hard(len(subsets))
     parts = {s: [i for i, value in enumerate(ranked["subset"]) if value == s] for s in subsets}
@@ -36,14 +53,14 @@ def draw_difficulty(ranked: Mapping[str, Sequence[Any]], path: Path) -> None:
     )
     _label(left, "Difficulty by cross-entropy", "cross-entropy of the reference answer (nats per token)", "samples")
     left.legend(frameon=False, fontsize=8)
-    for s, colour in zip(subsets, colours, strict=True):
-        x = [ranked["rank_cross_entropy"][i] for i in parts[s]]
-        y = [ranked["rank_rouge_l"][i] for i in parts[s]]
-        right.scatter(x, y, s=9, color=colour, linewidths=0)
-    _label(
-        right, "The two rankings that are fused", "rank by cross-entropy (1 = easiest)", "rank by ROUGE-L (1 = easiest)"
-    )
-    left.yaxis.get_major_locator().set_params(integer=True)
+    for row, other in enumerate(others):
+        right = figure.add_subplot(grid[row, 1])
+        for s, colour in zip(subsets, colours, strict=True):
+            x, y = ([ranked[f"rank_{name}"][i] for i in parts[s]] for name in (first, other))
+            right.scatter(x, y, s=9, color=colour, linewidths=0)
+        title = "The two rankings that are fused" if len(others) == 1 else "Two of the rankings that are fused"
+        _label(right, title, *(f"rank by {CRITERIA.get(name, name)} (1 = easiest)" for name in (first, other)))
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
 
 

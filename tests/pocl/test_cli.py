@@ -194,6 +194,56 @@ def test_rank_alone_writes_a_data_set_that_other_trainers_can_use(recipe: Path, 
     assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking"]
 
 
+def test_a_ranking_with_a_student_of_ones_own_needs_no_teacher(
+    recipe: Path, tmp_path: Path, tiny_model_folder: Path, tiny_teacher_folder: Path
+) -> None:
+    words = ["--student.model", tiny_model_folder, "--warmup.epochs", "0"]
+    result = pocl("rank", recipe, *words, "--teacher", tmp_path / "nowhere")
+    assert result.exit_code == 0, result.output
+    assert list(manifest(tmp_path / "run")) == ["data", "ranking"]
+    result = pocl("distill", recipe, *words, "--teacher", tiny_teacher_folder, "--change")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("done before") == 2
+
+
+def test_a_teacher_is_cached_before_the_ranking_only_where_a_warm_up_needs_it(recipe: Path, tmp_path: Path) -> None:
+    result = pocl("rank", recipe, "--warmup.epochs", "0", "--teacher_cache.mode", "cached")
+    assert result.exit_code == 0, result.output
+    assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking"]
+
+
+def test_rank_fuses_the_criteria_of_the_recipe_and_generates_only_for_rouge(recipe: Path, tmp_path: Path) -> None:
+    from pocl.pipeline.context import read_parquet
+
+    criteria = "[{measure: kl_to_teacher, direction: descending}, {measure: response_length, weight: 2}]"
+    result = pocl("rank", recipe, "--warmup.epochs", "0", "--criteria", criteria, "--plot")
+    assert result.exit_code == 0, result.output
+    table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet").to_dict()
+    assert "student_response" not in table
+    assert "rouge_l" not in table
+    assert [table["kl_to_teacher"][table["rank_kl_to_teacher"].index(r)] for r in range(1, 39)] == sorted(
+        table["kl_to_teacher"], reverse=True
+    )
+    fused = [
+        1 / (60 + a) + 2 / (60 + b) for a, b in zip(table["rank_kl_to_teacher"], table["rank_num_tokens"], strict=True)
+    ]
+    assert table["rrf_score"] == pytest.approx(fused, rel=1e-15)
+
+
+def test_plot_draws_the_ranking_and_prints_both_its_ends(recipe: Path, tmp_path: Path) -> None:
+    words = ["rank", recipe, "--warmup.epochs", "0", "--plot"]
+    result = pocl(*words)
+    assert result.exit_code == 0, result.output
+    from pocl.pipeline.context import read_parquet
+
+    table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet").to_dict()
+    ends = [table["prompt"][table["rank"].index(r)] for r in (1, 2, 3, 4, 5, 34, 35, 36, 37, 38)]
+    assert all(f"question: {prompt}" in result.output for prompt in ends)
+    assert (tmp_path / "run" / "report" / "difficulty.png").stat().st_size > 5_000
+    assert f"Report:   {tmp_path / 'run' / 'report' / 'index.html'}" in result.output
+    assert pocl(*words).output.count("done before") == 3
+
+
 def test_a_student_of_ones_own_and_a_single_stage_without_held_out_samples(
     recipe: Path, tmp_path: Path, tiny_model_folder: Path
 ) -> None:

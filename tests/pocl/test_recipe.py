@@ -47,6 +47,15 @@ def test_overrides_reach_sections_top_level_and_unambiguous_names() -> None:
     assert (recipe.seed, recipe.training.batch_size, recipe.teacher.model) == (3, 4, "big")
 
 
+def test_criteria_are_names_or_say_direction_and_weight() -> None:
+    assert repr(build_recipe(MINIMAL).ranking.criteria) == "(rouge_l, cross_entropy)"
+    words = ["--criteria", "[response_length, {measure: kl_to_teacher, direction: descending, weight: 2}]"]
+    recipe = build_recipe(MINIMAL, words)
+    assert repr(recipe.ranking.criteria) == "(response_length, kl_to_teacher (descending, weight 2))"
+    assert (recipe.ranking.needs_answers, recipe.ranking.needs_teacher) == (False, True)
+    assert build_recipe(MINIMAL, ["--criteria", "rouge_l"]).ranking.needs_answers
+
+
 def test_naming_a_student_replaces_the_cut_and_the_reverse() -> None:
     assert build_recipe(MINIMAL, ["--student.model", "own"]).student.cut is None
     assert build_recipe({"student": "own"}, ["--student.cut", "3"]).student.model is None
@@ -71,6 +80,10 @@ def test_naming_a_student_replaces_the_cut_and_the_reverse() -> None:
         (["--data.num_train", "3"], "data.num_train = 3 samples cannot fill curriculum.num_stages = 4"),
         (["--data.max_length", "100"], "max_prompt_length must be below max_length = 100, got 256"),
         (["--data.num_validation", "0"], "need validation samples"),
+        (["--ranking.criteria", "[perplexity]"], r"ranking.criteria.0.measure: must be 'rouge_l', 'cross_entropy'"),
+        (["--ranking.criteria", "[rouge_l, rouge_l]"], "criteria name a measure twice: rouge_l, rouge_l"),
+        (["--ranking.criteria", "[]"], "ranking.criteria: "),
+        (["--ranking.criteria", "{measure: rouge_l, weight: 0}"], "ranking.criteria.0.weight: must be greater than 0"),
     ],
 )
 def test_bad_settings_say_what_is_wrong_and_what_is_allowed(words: list[str], message: str) -> None:

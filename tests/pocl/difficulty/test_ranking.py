@@ -39,6 +39,15 @@ def test_ordinal_ranks_are_a_stable_permutation(values: list[float], descending:
             assert (ranks[j] < ranks[i]) == (first_is_easier or values[i] == values[j])
 
 
+def test_samples_with_the_same_ranks_under_other_criteria_tie_exactly() -> None:
+    # ranks (1, 2, 7), (7, 1, 2), (2, 7, 1): added one after another, their sums differ in the last bit
+    table = {"a": [1, 7, 2, 3, 4, 5, 6], "b": [2, 1, 7, 3, 4, 5, 6], "c": [7, 2, 1, 3, 4, 5, 6]}
+    scores = Dataset.from_dict({"sample_id": range(7), **table})
+    ranked = rank(scores, criteria=[Criterion(c) for c in table], num_subsets=1)
+    assert len(set(ranked["rrf_score"][:3])) == 1
+    assert ranked["rank"][:] == [1, 2, 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize(("count", "subsets"), [(11, 4), (8, 4), (5, 5), (7, 1)])
 def test_parts_are_floor_n_over_k_and_the_last_takes_the_rest(count: int, subsets: int) -> None:
     values = [float(i) for i in range(count)]
