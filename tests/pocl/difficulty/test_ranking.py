@@ -45,7 +45,7 @@ def test_samples_with_the_same_ranks_under_other_criteria_tie_exactly() -> None:
     scores = Dataset.from_dict({"sample_id": range(7), **table})
     ranked = rank(scores, criteria=[Criterion(c) for c in table], num_subsets=1)
     assert len(set(ranked["rrf_score"][:3])) == 1
-    assert ranked["rank"][:] == [1, 2, 3, 4, 5, 6, 7]
+    assert ranked["rank"][:] == [2, 3, 4, 1, 5, 6, 7]
 
 
 @pytest.mark.parametrize(("count", "subsets"), [(11, 4), (8, 4), (5, 5), (7, 1)])
