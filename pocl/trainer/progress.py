@@ -8,7 +8,8 @@
         stage-0/finished.json   written last: the stage is done
 
 A checkpoint counts only if it is whole: transformers writes `trainer_state.json` after everything else, so a checkpoint
-whose state file cannot be read, or whose weights are cut off, was being written when the run died.
+whose state file cannot be read, or whose weights or states are missing or cut off, was being written, or removed, when
+the run died.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,10 +135,17 @@ class RunProgress:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Whether a checkpoint was written to its end and not begun to be removed."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-        return all(_safetensors_is_whole(path) for path in checkpoint.glob("*.safetensors"))
+        weights = list(checkpoint.glob("*.safetensors"))
+        sharded = any(path.is_dir() for path in checkpoint.iterdir())  # as FSDP and DeepSpeed write
+        states = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+        return (
+            bool(weights or sharded)
+            and all(_safetensors_is_whole(path) for path in weights)
+            and all(zipfile.is_zipfile(path) for path in states)
+        )
     except (OSError, ValueError):
         return False
 

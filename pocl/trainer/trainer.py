@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -194,6 +195,11 @@ class POCLTrainer(StagedTrainer):
             self.on_policy.save(Path(self._get_output_dir(), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # the state that makes a checkpoint whole is written next, by one process: the others must be done
+        self.accelerator.wait_for_everyone()
+
     # ---------------------------------------------------------------------------------------- evaluation and log
 
     def prediction_step(
@@ -238,6 +244,41 @@ class POCLTrainer(StagedTrainer):
         super().log(logs, start_time)
         if self.is_in_train and self.is_world_process_zero():
             self.progress.append_log({"step": self.state.global_step, **logs})
+        self.state.global_step = step
+
+    # -------------------------------------------------------------------------------------------------------- hub
+
+    @contextlib.contextmanager
+    def _hub_folder(self) -> Iterator[None]:
+        """Let what is pushed lie in `output_dir/hub`: stages and checkpoints stay at home."""
+        args = vars(self)["args"]
+        self.args = copy.copy(args)
+        self.args.output_dir = str(Path(args.output_dir, "hub"))
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            self.args = args
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers: the student, its tokenizer and a model card, and of the run nothing else."""
+        if self.hub_model_id is None:  # now, as a repository without a name takes the folder's
+            self.init_hf_repo(token=token, private=kwargs.get("private"))
+        kwargs.setdefault("model_name", (self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1])
+        with self._hub_folder():
+            return super().push_to_hub(commit_message, blocking, token, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        step = self.state.global_step
+        self.state.global_step += self._step_offset  # which the message of the commit names
+        with self._hub_folder():
+            super()._push_from_checkpoint(checkpoint_folder)
         self.state.global_step = step
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -160,6 +160,15 @@ def test_half_written_checkpoints_are_recognised(tmp_path: Path) -> None:
     assert folder.newest_checkpoint(0) == folder.stage_dir(0) / "checkpoint-2"
     weights.write_bytes(b"")
     assert not is_whole(weights.parent)
+    weights.unlink()  # as if the run had died while it removed this one
+    assert not is_whole(weights.parent)
+    whole = folder.stage_dir(0) / "checkpoint-2"
+    torch.save({"a": 1}, whole / "optimizer.pt")
+    assert is_whole(whole)
+    content = (whole / "optimizer.pt").read_bytes()
+    (whole / "optimizer.pt").write_bytes(content[:-100])
+    assert not is_whole(whole)
+    (whole / "optimizer.pt").write_bytes(content)
     folder.clean(0)
     assert [path.name for path in folder.stage_dir(0).iterdir()] == ["checkpoint-2"]
 

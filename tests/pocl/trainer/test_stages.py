@@ -204,6 +204,57 @@ def test_the_model_card_tells_loss_stages_and_figures(trainer_of) -> None:
     assert "| 1 | 10 |" in card
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands for the hub: a list of what was uploaded, with the files that `ignore_patterns` leaves of the folder."""
+    from concurrent.futures import Future
+
+    import huggingface_hub
+
+    uploads: list[dict[str, Any]] = []
+
+    def create_repo(self: Any, repo_id: str, **kwargs: Any) -> Any:
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/someone/{repo_id.split('/')[-1]}")
+
+    def upload_folder(self: Any, *, folder_path: str, **kwargs: Any) -> Any:
+        files = [str(path.relative_to(folder_path)) for path in sorted(Path(folder_path).rglob("*")) if path.is_file()]
+        kept = huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=kwargs.get("ignore_patterns"))
+        uploads.append(kwargs | {"files": set(kept), "folder": Path(folder_path)})
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    return uploads
+
+
+def test_the_student_and_its_card_are_pushed_and_nothing_else_of_the_run(trainer_of, student, hub) -> None:
+    trainer = trainer_of(Curriculum.baby_step(2, epochs=1), divergence="skew_rkl", save_total_limit=None)
+    trainer.train()
+    output_dir = trainer.args.output_dir
+    trainer.push_to_hub()
+    (upload,) = hub
+    assert upload["repo_id"] == "someone/run"
+    assert {"config.json", "model.safetensors", "README.md"} <= upload["files"]
+    assert not [name for name in upload["files"] if "/" in name or name.endswith((".jsonl", "optimizer.pt"))]
+    card = (upload["folder"] / "README.md").read_text()
+    assert "# run" in card
+    assert "SkewReverseKL(skew=0.1)" in card
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(upload["folder"])
+    assert equal(state_of(loaded), state_of(student))
+    assert trainer.args.output_dir == output_dir
+
+
+def test_checkpoints_are_pushed_while_training_without_the_stages_around_them(trainer_of, hub) -> None:
+    trainer = trainer_of(Curriculum.baby_step(2, epochs=1), push_to_hub=True, hub_model_id="someone/small")
+    trainer.train()
+    assert [upload["commit_message"] for upload in hub] == [f"Training in progress, step {i}" for i in (2, 4, 6, 8, 10)]
+    assert {upload["repo_id"] for upload in hub} == {"someone/small"}
+    assert all("model.safetensors" in upload["files"] for upload in hub)
+    assert not [name for upload in hub for name in upload["files"] if "/" in name]
+
+
 def test_only_what_is_needed_stays_on_disk(trainer_of) -> None:
     trainer = trainer_of(Curriculum.baby_step(2, epochs=1))
     trainer.train()
