@@ -23,6 +23,7 @@ from pocl_kernels.plan import Gradients, Plan, Rows
 from pocl_kernels.scalar import trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
+LOGITS_SHARE = 0.97  # of the workspace; the rest is for slices in the making, rows of threads, the library's packing
 SCRATCH_BLOCK = 1024  # entries a block in prelude.h
 PROJECTION_ROWS = 2048  # vocabulary rows of a slice: with 128 rows of hidden states 1 MB, in the L2 cache
 SLICE_ROWS = 4096  # vocabulary rows of a head that are upcast at a time
@@ -91,7 +92,7 @@ def linear_cross_entropy(
     result = torch.zeros(hidden.shape[0], dtype=dtype)
     kernel = _cross_entropy_kernel(dtype)
     rows = _valid_rows(labels, ignore_index, hidden.shape[0])
-    size = evened(len(rows), int(workspace_mb * 2**20 / (V * dtype.itemsize)))
+    size = evened(len(rows), int(LOGITS_SHARE * workspace_mb * 2**20 / (V * dtype.itemsize)))
     for index in _split(rows, size):
         z = student.project(index)
         out = torch.empty(len(index), dtype=dtype)
@@ -179,7 +180,7 @@ def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int
     A chunk of the student's reads its head twice and reads and writes the weight's gradient, one of the teacher's
     reads a head once: four to one, so the sum of all traffic is least where the student's chunk is twice as long.
     """
-    most = int(workspace_mb * 2**20 / row_bytes)
+    most = int(LOGITS_SHARE * workspace_mb * 2**20 / row_bytes)
     student = evened(rows, most * 2 // 3)
     return student, evened(student, most - student)
 

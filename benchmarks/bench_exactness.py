@@ -1,0 +1,135 @@
+"""How exact the losses are, and how much scratch memory they take, at the size of real models.
+
+    python -m benchmarks.bench_exactness            # both parts (minutes on a CPU)
+    python -m benchmarks.bench_exactness --only scratch
+    python -m benchmarks.bench_exactness --save
+
+    unrelated   relative norm error of loss, dh and dW against float64, float32 inputs, student and teacher unrelated
+    near        the same with a student at KL 1e-4 from its teacher, pooled over seeds, over plain PyTorch's error
+    bf16        bfloat16 inputs, over the error of float32 PyTorch on the same inputs, pooled over seeds
+    scratch     peak memory of forward and backward beyond inputs and gradients, both memory modes, V = 151,936
+
+The inputs are those of the kernel tests (`tests/kernels/cases.py`): logits with a Zipf unigram that both models know.
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import pocl_kernels
+from benchmarks.measure import machine, peak_bytes, save_results
+from tests.kernels.cases import NAMES, Case, Solution, make_case, oracle, pytorch, solve
+
+PARTS = ("unrelated", "near", "bf16", "scratch")
+VOCABULARY, ROWS, HIDDEN = 49152, 64, (576, 576)
+SEEDS = range(3)
+QUANTITIES = ("loss", "hidden", "weight")
+TOKENS, LARGE_VOCABULARY = (512, 2048, 8192), 151936
+
+
+def unrelated() -> dict[str, Any]:
+    """Largest over temperatures of the error of each divergence."""
+    out: dict[str, Any] = {}
+    case = make_case(ROWS, VOCABULARY, hidden=HIDDEN)
+    for name in NAMES:
+        call = {"divergence": name, "temperature": 2.0, "ce_weight": 0.3}
+        errors = solve(pocl_kernels.fused_linear_divergence, case, **call).errors(oracle(case, **call))
+        out[name] = {quantity: errors[quantity] for quantity in QUANTITIES}
+        oracle.cache_clear()
+    return out
+
+
+def against_pytorch(near: float | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Pooled errors of ours and of full float32 logits with autograd, for each divergence."""
+    out: dict[str, Any] = {}
+    for name in NAMES:
+        ours: list[dict[str, float]] = []
+        plain: list[dict[str, float]] = []
+        for seed in SEEDS:
+            case = make_case.__wrapped__(ROWS, VOCABULARY, hidden=HIDDEN, near=near, dtype=dtype, seed=seed)
+            truth = oracle.__wrapped__(case, divergence=name)
+            runs: tuple[Callable[[Case], Solution], ...] = (
+                functools.partial(solve, pocl_kernels.fused_linear_divergence, divergence=name),
+                functools.partial(pytorch.__wrapped__, divergence=name),
+            )
+            for errors, run in zip((ours, plain), runs, strict=True):
+                errors.append(run(case).errors(truth))
+        out[name] = {q: (pooled(ours, q), pooled(plain, q)) for q in QUANTITIES}
+    return out
+
+
+def pooled(errors: list[dict[str, float]], quantity: str) -> float:
+    return math.sqrt(sum(error[quantity] ** 2 for error in errors) / len(errors))
+
+
+def scratch() -> dict[str, Any]:
+    """MiB beyond inputs and gradients by memory mode and number of rows; the hidden size is small to leave room."""
+    out: dict[str, Any] = {}
+    for memory in ("fast", "low"):
+        for tokens in TOKENS:
+            size = 32
+            g = torch.Generator().manual_seed(0)
+            hidden = torch.randn(tokens, size, generator=g).requires_grad_()
+            weight = torch.randn(LARGE_VOCABULARY, size, generator=g).requires_grad_()
+            teacher, head = torch.randn(tokens, size, generator=g), torch.randn(LARGE_VOCABULARY, size, generator=g)
+
+            def run(
+                hidden: Any = hidden, weight: Any = weight, memory: str = memory, rest: Any = (teacher, head)
+            ) -> None:
+                pocl_kernels.fused_linear_divergence(
+                    hidden, weight, *rest, divergence="jsd", memory=memory
+                ).loss.backward()
+
+            run()  # what libraries allocate once and for all
+            hidden.grad = weight.grad = None
+            peak = peak_bytes(run)
+            if peak is not None:
+                gradients = 4 * (hidden.numel() + weight.numel())
+                out.setdefault(memory, {})[str(tokens)] = (peak - gradients) / 2**20
+    return out
+
+
+def show(part: str, result: dict[str, Any]) -> None:
+    titles = {
+        "unrelated": f"relative norm error, unrelated models, float32, V = {VOCABULARY}",
+        "near": "student at KL 1e-4, float32: error (and over PyTorch's)",
+        "bf16": "bfloat16 inputs: error (and over float32 PyTorch's)",
+        "scratch": f"scratch in MiB, V = {LARGE_VOCABULARY}, by rows",
+    }
+    print(f"\n{titles[part]}")
+    if part == "scratch":
+        for memory, values in result.items():
+            print(f"{memory:10}" + "".join(f"{tokens:>10}: {value:6.1f}" for tokens, value in values.items()))
+        return
+    print(f"{'':10}" + "".join(f"{'d' + q if q != 'loss' else q:>20}" for q in QUANTITIES))
+    for name, errors in result.items():
+        cells = [errors[q] if isinstance(errors[q], tuple) else (errors[q], None) for q in QUANTITIES]
+        print(f"{name:10}" + "".join(f"{a:>12.1e}" + (f" ({a / b:4.2f})" if b else "" * 7) for a, b in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
+    parser.add_argument("--save", action="store_true", help="file the result under benchmarks/results")
+    options = parser.parse_args()
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "unrelated": unrelated,
+        "near": lambda: against_pytorch(1e-4, torch.float32),
+        "bf16": lambda: against_pytorch(None, torch.bfloat16),
+        "scratch": scratch,
+    }
+    print(machine())
+    results = {}
+    for part in options.only or PARTS:
+        results[part] = makers[part]()
+        show(part, results[part])
+    if options.save:
+        print(f"\nsaved in {save_results('exactness', results)}")
+
+
+if __name__ == "__main__":
+    main()
