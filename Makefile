@@ -70,6 +70,7 @@ format: $(SETUP)  ## format and mend what can be mended
 
 docs: $(SETUP)  ## write the generated parts of the documentation
 	$(PY) docs/generate.py
+	$(PY) -m benchmarks.scaling --write
 
 bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m 'not gpu' $(ARGS)
