@@ -192,8 +192,8 @@ def fits() -> str:
         kept, few = (pair.student.activations(BATCH.positions, recomputed=again) for again in (False, True))
         # a sharded student's own head is whole while the loss runs
         shared = student / n + 2 * V * pair.student.hidden + own + head
-        needs = (student + teacher + own + kept, student + head + own + kept, shared + teacher / n + kept)
-        needs += (shared + kept, shared + few)
+        alone = student + own + kept
+        needs = (alone + teacher, alone + head, shared + teacher / n + kept, shared + kept, shared + few)
         cells = [f"{gb(need)}{'' if need < H100.memory else ' (no)'}" for need in needs]
         rows.append([pair.name, f"{V:,}", *map(gb, (student, kept, teacher, head)), *cells])
     header = ["pair", "V", "student in training", "its activations", "teacher", "teacher's head"]

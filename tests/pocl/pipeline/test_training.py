@@ -1,9 +1,13 @@
 """From a recipe to the curriculum, the divergence and the number of teacher passes."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pocl.pipeline import training
+from pocl.pipeline.context import write_parquet
 from pocl.pipeline.training import curriculum_of, divergence_of, teacher_passes
 from pocl.recipe import Recipe, build_recipe
 from pocl_kernels import DIVERGENCES, JSD, Alpha, SkewReverseKL
@@ -68,3 +72,39 @@ def test_the_skew_of_the_stages_goes_to_skewed_divergences_alone() -> None:
 def test_epochs_may_differ_by_stage() -> None:
     stages = curriculum_of(recipe("--curriculum.epochs", "[1, 2, 3, 4]")).stages
     assert [stage.epochs for stage in stages] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("step", "divergence", "choice", "scaled"),
+    [
+        ("train_curriculum", "fkl", "authors", True),
+        ("train_curriculum", "rkl", "authors", False),
+        ("train_curriculum", "rkl", "true", True),
+        ("train_curriculum", "fkl", "false", False),
+        ("warm_up", "rkl", "authors", True),  # the warm-up is a forward KL whatever the stages are
+    ],
+)
+def test_whether_the_temperature_scales_the_loss_reaches_the_trainer(
+    step: str, divergence: str, choice: str, scaled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+
+    options: dict[str, Any] = {}
+
+    def stop(*_: Any, **given: Any) -> None:
+        options.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_trainer", stop)
+    write_parquet(Dataset.from_dict({"sample_id": range(4), "subset": range(4)}), tmp_path / "ranking/ranked.parquet")
+    context = SimpleNamespace(
+        recipe=recipe("--loss.divergence", divergence, "--loss.scale_by_temperature", choice, "--warmup.epochs", "1"),
+        path=tmp_path,
+        rows=lambda split: Dataset.from_dict({"sample_id": range(4)}),
+        load_student=lambda source: None,
+        student_source=str,
+        warm_student_source=str,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        getattr(training, step)(context)
+    assert options["scale_by_temperature"] is scaled
