@@ -5,6 +5,7 @@ Their losses, written out here in float64 over full logits, have quirks of their
 way they take in training.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocl import heads
-from pocl.pipeline import plan
+from pocl.pipeline import plan, run
 from pocl.pipeline.training import curriculum_of, divergence_of, scales_by_temperature
 from pocl.recipe import Recipe, load_recipe
 from pocl.trainer.checks import divergence_of as divergences_of_stages
@@ -171,3 +172,39 @@ def test_the_plan_is_the_papers_without_weights_data_or_network(
     assert {row["learning_rate"] for row in made.stages} == {"0.0001"}
     assert "20 passes" in made.teacher
     assert made.loss == {"paper-gpt2": "fkl, times T^2", "paper-opt": "jsd, beta 0.1, times T^2"}[shipped]
+
+
+@pytest.mark.slow
+def test_the_papers_run_goes_through_with_small_models(
+    tmp_path: Path, tiny_teacher_folder: Path, tiny_model_folder: Path, tiny_pairs: list[dict[str, str]]
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
+    smaller = {
+        "output": tmp_path / "run",
+        "teacher.model": tiny_teacher_folder,
+        "teacher.dtype": "float32",
+        "student.model": tiny_model_folder,
+        "data.source": data,
+        "data.num_train": 16,
+        "data.num_validation": 4,
+        "data.num_test": 4,
+        "data.max_length": 64,
+        "data.max_prompt_length": 32,
+        "ranking.max_new_tokens": 4,
+        "curriculum.epochs": 1,
+        "training.precision": "float32",
+        "training.metric": "loss",
+        "evaluation.max_new_tokens": 4,
+        "evaluation.seeds": [10, 20],
+        "loss.divergence": "rkl",
+    }
+    folder = run(
+        load_recipe("paper-gpt2", [word for key, value in smaller.items() for word in (f"--{key}", str(value))])
+    )
+    log = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
+    temperatures = dict.fromkeys(line["temperature"] for line in log if "temperature" in line)
+    assert list(temperatures) == [1.0, 1.33, 1.67, 2.0]
+    last = next(line for line in reversed(log) if line.get("kd_ratio") == 1)
+    assert last["loss"] == pytest.approx(last["divergence"], rel=1e-3)  # the reverse KL: no factor of 4
+    assert "squared temperature" not in (folder / "student" / "README.md").read_text()
