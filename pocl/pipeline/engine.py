@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pocl.run_folder import RunFolder, fingerprint
@@ -13,6 +15,7 @@ from pocl.run_folder import RunFolder, fingerprint
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pocl.difficulty.processes import Processes
     from pocl.pipeline.context import Context
 
 
@@ -32,6 +35,8 @@ class Step:
     """Steps whose outcome this one depends on."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the outcome depends on besides: parts of the recipe and fingerprints of outside inputs."""
+    shared: bool = False
+    """Whether all processes do it together; else the first one does, and the others wait."""
 
 
 def fingerprints(steps: Sequence[Step]) -> dict[str, str]:
@@ -42,36 +47,63 @@ def fingerprints(steps: Sequence[Step]) -> dict[str, str]:
     return marks
 
 
-def run_steps(steps: Sequence[Step], context: Context, folder: RunFolder, console: Console) -> None:
+def run_steps(
+    steps: Sequence[Step], context: Context, folder: RunFolder, console: Console, processes: Processes
+) -> None:
     """Run what is not done yet, in order.
 
+    Only the first process writes the folder's manifest; all come out of a step together.
+
     Raises:
+        ValueError: several processes were started; a recipe is the work of one.
         RunFolderError: a step was finished with other inputs (see `RunFolder.start`).
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"a recipe runs in one process, and {os.environ['WORLD_SIZE']} were started; run it without torchrun or "
+            "accelerate launch, or start a script of your own with a POCLTrainer by them (docs/training.md)"
+        )
     marks = fingerprints(steps)
     for number, step in enumerate(steps, start=1):
         head = f"[bold]\\[{number}/{len(steps)}] {step.name}[/bold]"
-        if folder.is_finished(step.name, marks[step.name]):
-            record = folder.record(step.name)
+        record, resumes = processes.first(partial(_begin, folder, step, marks[step.name]))
+        if record is not None:
             console.print(f"{head} [dim]done before, in {duration(record['seconds'])}[/dim]", highlight=False)
             context.summaries[step.name] = record["summary"]
             continue
-        resumes = folder.start(step.name, marks[step.name], step.settings, step.outputs)
         note = " [yellow](goes on where it was cut off)[/yellow]" if resumes else ""
         console.print(f"{head}  {step.why}{note}", highlight=False, soft_wrap=True)
         started = time.perf_counter()
         try:
-            summary = dict(step.run(context))
+            summary = _do(step, context, processes)
         except BaseException:
-            folder.pause(step.name, seconds=time.perf_counter() - started)
+            if processes.rank == 0:
+                folder.pause(step.name, seconds=time.perf_counter() - started)
             raise
         finally:
             context.release()
             gc.collect()
-        folder.finish(step.name, step.outputs, seconds=time.perf_counter() - started, summary=summary)
+        seconds = time.perf_counter() - started
+        processes.first(partial(folder.finish, step.name, step.outputs, seconds=seconds, summary=summary))
         context.summaries[step.name] = summary
         took = duration(time.perf_counter() - started)
         console.print(f"      [green]done[/green] in {took}. {summary['note']}", highlight=False, soft_wrap=True)
+
+
+def _begin(folder: RunFolder, step: Step, mark: str) -> tuple[dict[str, Any] | None, bool]:
+    """The record of a step that is done, or else None and whether there are leftovers to go on from."""
+    if folder.is_finished(step.name, mark):
+        return folder.record(step.name), False
+    return None, folder.start(step.name, mark, step.settings, step.outputs)
+
+
+def _do(step: Step, context: Context, processes: Processes) -> dict[str, Any]:
+    """Does the work of a step; returns the summary of the first process on all, once all are done."""
+    if not step.shared:
+        return dict(processes.first(lambda: step.run(context)))
+    outcome = dict(step.run(context))
+    processes.wait()
+    return dict(processes.first(lambda: outcome))
 
 
 def duration(seconds: float) -> str:

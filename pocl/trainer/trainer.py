@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -103,6 +104,10 @@ class POCLTrainer(StagedTrainer):
         )
         if self.curriculum.optimizer == "carried" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("optimizer='carried' works without sharding only; use optimizer='fresh' or DDP")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 hides the weights of the head from the loss; use zero_stage 2 or FSDP2"
+            )
         self.model_accepts_loss_kwargs = True
         if teacher is not None and hasattr(teacher, "to"):
             teacher.to(args.device)

@@ -173,3 +173,13 @@ def test_two_killed_processes_end_in_the_same_bits(
     assert start_two(tmp_path / "cut", (student, teacher), rows, **sizes) == [0, 0]
     whole, cut = result(tmp_path / "whole"), result(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2"])
+def test_accelerate_reads_the_configurations_that_are_shipped(name: str) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = Path(__file__).parents[3] / "recipes" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    assert f"recipes/accelerate/{name}.yaml" in path.read_text().splitlines()[0]

@@ -304,6 +304,10 @@ def test_bad_setups_are_refused_beforehand(trainer_of, config, teacher, rows) ->
         trainer_of(Curriculum.baby_step(2), compute_metrics=lambda p: {})
     with pytest.raises(ValueError, match="optimizer='carried' needs checkpoints"):
         trainer_of(Curriculum.baby_step(2, optimizer="carried"), save_strategy="no")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pocl.trainer.trainer.is_deepspeed_zero3_enabled", lambda: True)
+        with pytest.raises(ValueError, match="ZeRO-3 hides the weights of the head"):
+            trainer_of(Curriculum.baby_step(2))
     from pocl.trainer import POCLTrainer
 
     with pytest.raises(ValueError, match="args must be a POCLConfig"):
