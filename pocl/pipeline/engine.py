@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,14 +54,8 @@ def run_steps(
     Only the first process writes the folder's manifest; all come out of a step together.
 
     Raises:
-        ValueError: several processes were started; a recipe is the work of one.
         RunFolderError: a step was finished with other inputs (see `RunFolder.start`).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"a recipe runs in one process, and {os.environ['WORLD_SIZE']} were started; run it without torchrun or "
-            "accelerate launch, or start a script of your own with a POCLTrainer by them (docs/training.md)"
-        )
     marks = fingerprints(steps)
     for number, step in enumerate(steps, start=1):
         head = f"[bold]\\[{number}/{len(steps)}] {step.name}[/bold]"
