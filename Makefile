@@ -28,7 +28,7 @@ FRESH := yes
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format docs bench mutations aot test-gpu bench-gpu clean
+.PHONY: help setup quickstart test check format docs bench bench-report mutations aot test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ docs: $(SETUP)  ## write the generated parts of the documentation
 
 bench: $(BENCH_SETUP)  ## run the benchmarks on this machine
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m 'not gpu' $(ARGS)
+
+bench-report: $(SETUP)  ## write benchmarks/RESULTS.md, the README's numbers and their pictures from the filed results
+	$(PY) -m benchmarks.render
 
 mutations: $(SETUP)  ## break the kernels in many ways and show that the tests notice each (minutes)
 	$(PY) -m benchmarks.mutations $(ARGS)
