@@ -334,7 +334,7 @@ def main() -> None:
         write(RESULTS / "baselines.json", bench.baselines())
     if options.prepare:
         return
-    name = hashlib.sha256(json.dumps(bench.rows["input_ids"]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps(list(bench.rows["input_ids"])).encode()).hexdigest()[:12]
     noted = json.loads(json.dumps({**asdict(settings), "data": name, "torch": torch.__version__}))
     cells = [(loss, arm, seed) for seed in SEEDS for loss in LOSSES for arm in ARMS]
     todo = missing(cells, noted)[worker::workers]

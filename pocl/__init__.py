@@ -1,7 +1,7 @@
 """pocl: a small language model learns from a large one, by a curriculum and with exact fused losses.
 
-``import pocl`` brings the losses and the curriculum and needs torch alone. What trains, scores and evaluates loads
-transformers and datasets the first time it is used.
+``import pocl`` costs nothing: every name is loaded when it is first used. The losses and the curriculum need torch
+alone; what trains, scores and evaluates loads transformers and datasets.
 """
 
 from __future__ import annotations
@@ -9,37 +9,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pocl.curriculum import Curriculum, Stage
-from pocl.loss import DistillationLoss
-from pocl_kernels import (
-    DIVERGENCES,
-    JSD,
-    TVD,
-    Alpha,
-    Divergence,
-    DivergenceOutput,
-    ForwardKL,
-    Head,
-    Jeffreys,
-    ReverseKL,
-    SkewForwardKL,
-    SkewReverseKL,
-    fused_linear_cross_entropy,
-    fused_linear_divergence,
-)
-
 if TYPE_CHECKING:
-    from pocl.evaluate import evaluate
+    from pocl.curriculum import Curriculum, Stage
+    from pocl.loss import DistillationLoss
     from pocl.teacher import HiddenStateCache, OnlineTeacher
     from pocl.trainer import POCLConfig, POCLTrainer
+    from pocl_kernels import (
+        DIVERGENCES,
+        JSD,
+        TVD,
+        Alpha,
+        Divergence,
+        DivergenceOutput,
+        ForwardKL,
+        Head,
+        Jeffreys,
+        ReverseKL,
+        SkewForwardKL,
+        SkewReverseKL,
+        fused_linear_cross_entropy,
+        fused_linear_divergence,
+    )
 
-# Public name -> module that defines it, imported at first use.
+# Public name -> module that defines it, imported at first use; what is not named here comes from pocl_kernels.
 _LAZY = {
+    "Curriculum": "pocl.curriculum",
+    "DistillationLoss": "pocl.loss",
     "HiddenStateCache": "pocl.teacher",
     "OnlineTeacher": "pocl.teacher",
     "POCLConfig": "pocl.trainer",
     "POCLTrainer": "pocl.trainer",
-    "evaluate": "pocl.evaluate",
+    "Stage": "pocl.curriculum",
 }
 
 __all__ = [
@@ -62,13 +62,16 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "Stage",
-    "evaluate",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'pocl' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    if name not in __all__:
+        raise AttributeError(f"module 'pocl' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_LAZY.get(name, "pocl_kernels")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

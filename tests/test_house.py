@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import pocl
+
 ROOT = Path(__file__).parent.parent
 SOURCE = sorted(
     [*(ROOT / "pocl").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
@@ -105,6 +107,16 @@ def test_importing_pocl_loads_nothing_heavier_than_torch() -> None:
         f"print(*(set({heavy}) & (set(sys.modules) - before)))"
     )
     assert run_python(code).split() == []
+
+
+def test_no_public_name_is_a_module_too() -> None:
+    # `pocl.name` would be the one before its first use and the other after
+    modules = {path.stem for path in (ROOT / "pocl").iterdir()}
+    assert modules & set(pocl.__all__) == set()
+
+
+def test_the_command_line_helps_without_torch() -> None:
+    assert run_python("import sys, pocl.cli; print('torch' in sys.modules)").split() == ["False"]
 
 
 def test_importing_pocl_costs_at_most_300_ms_above_torch() -> None:
