@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 def prepare_models(context: Context) -> Mapping[str, Any]:
     """Find the teacher, cut the student if there is none, and make sure that they speak the same tokens."""
-    from transformers import AutoTokenizer
-
     from pocl.heads import check_vocabularies
 
     teacher = context.teacher()
@@ -33,17 +31,26 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
         tokenizer.save_pretrained(context.path / "student-initial")
     else:
         student = context.load_student(context.student_source())
-        trust = recipe.teacher.trust_remote_code
-        check_vocabularies(tokenizer, AutoTokenizer.from_pretrained(context.teacher_source(), trust_remote_code=trust))
-    check_vocabularies(student.config.vocab_size, teacher.config.vocab_size)
+        check_vocabularies(tokenizer, teacher_tokenizer(context))
+    of_student, of_teacher = (model.config.get_text_config() for model in (student, teacher))
+    check_vocabularies(of_student.vocab_size, of_teacher.vocab_size)
     sizes = {"teacher": num_parameters(teacher), "student": num_parameters(student)}
-    layers = f"{student.config.num_hidden_layers} of {teacher.config.num_hidden_layers} layers"
+    layers = f"{of_student.num_hidden_layers} of {of_teacher.num_hidden_layers} layers"
     return {
         "parameters": sizes,
         "teacher_source": context.teacher_source(),
         "note": f"Teacher {millions(sizes['teacher'])}, student {millions(sizes['student'])} parameters"
         + (f" ({layers})." if recipe.student.cut else "."),
     }
+
+
+def teacher_tokenizer(context: Context) -> Any:
+    """The tokenizer that the teacher's weights were trained with, of the same revision."""
+    from transformers import AutoTokenizer
+
+    source, section = context.teacher_source(), context.recipe.teacher
+    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
 
 
 def num_parameters(model: Any) -> int:

@@ -1,5 +1,7 @@
 """Heads and hidden states of Hugging Face models: together they are the model's own logits."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -77,10 +79,10 @@ FAMILIES = {
 PEFT_ASKS_OLD_NAME = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
-def tiny(family: str) -> torch.nn.Module:
+def tiny(family: str, **further: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     model_type, fields = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(model_type, **fields)
+    config = transformers.AutoConfig.for_model(model_type, **fields | further)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():  # zero biases and tiny weights would hide a forgotten term
         for name, parameter in model.named_parameters():
@@ -90,9 +92,11 @@ def tiny(family: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_head_of_hidden_states_is_the_models_own_logits(family: str) -> None:
-    model = tiny(family)
+def test_head_of_hidden_states_is_the_models_own_logits(family: str, tied: bool) -> None:
+    model = tiny(family, tie_word_embeddings=tied)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     input_ids = torch.randint(3, 96, (2, 7))
     mask = torch.ones_like(input_ids)
     mask[1, 5:] = 0

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from pocl.pipeline.context import read_parquet, source_fingerprint, write_parquet
-from pocl.pipeline.prepare import split_examples
+from pocl.pipeline.context import Context, read_parquet, source_fingerprint, write_parquet
+from pocl.pipeline.prepare import split_examples, teacher_tokenizer
 from pocl.recipe import build_recipe
 
 
@@ -67,3 +69,17 @@ def test_fingerprints_of_sources_follow_content_version_or_name(tmp_path: Path) 
     assert source_fingerprint(str(first)) != source_fingerprint(str(second))
     assert source_fingerprint("org/model", "v1") == "org/model@v1"
     assert "chatterbot-corpus" in source_fingerprint("embedded")
+
+
+def test_the_teachers_tokenizer_is_of_the_revision_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, **kw: asked.append((name, kw)))
+    for teacher in ({"model": "some/teacher", "revision": "abc"}, {"model": str(tmp_path), "revision": "abc"}):
+        recipe = build_recipe({"student": "some/student", "teacher": teacher})
+        teacher_tokenizer(Context(recipe, tmp_path, Console()))
+    assert asked == [
+        ("some/teacher", {"revision": "abc", "trust_remote_code": False}),
+        (str(tmp_path), {"trust_remote_code": False}),
+    ]
