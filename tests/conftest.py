@@ -9,7 +9,10 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
+import multiprocessing
 import random
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +152,32 @@ def tiny_pairs() -> list[dict[str, str]]:
         answer = (question * 3)[: 2 + index % 8]
         rows.append({"instruction": " ".join(question), "input": "", "output": " ".join(answer)})
     return rows
+
+
+@pytest.fixture
+def start_processes() -> Callable[..., list[Any]]:
+    """A factory: `start_processes(work, size=1)` forks processes as a launcher would start them.
+
+    Each runs `work()` and ends with exit code 0 if that returns.
+    """
+
+    def start(work: Callable[[], Any], size: int = 1) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+
+        def main(rank: int) -> None:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            os.environ.update({name: str(value) for name, value in ranks.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            work()
+            sys.stdout.flush()
+            os._exit(0)
+
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=main, args=(rank,)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        return processes
+
+    return start

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 # Processes wait for the slowest one at the end, for as long as its last shards may take.
@@ -26,15 +27,22 @@ class Processes:
     _owned: bool = field(default=False, repr=False)
 
     @classmethod
-    def current(cls) -> Processes:
-        """Reads the launcher's environment, and makes a gloo group to wait in if there is more than one process."""
+    def current(cls, *, devices: bool = False) -> Processes:
+        """Reads the launcher's environment, and makes a gloo group to wait in if there is more than one process.
+
+        Args:
+            devices: take the GPU of this process' local rank, and let the group serve training on it as well.
+        """
         size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
         owned = not dist.is_initialized()
+        use_gpu = owned and devices and torch.cuda.is_available()
         if owned:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
-        group = dist.group.WORLD if owned else dist.new_group(backend="gloo", timeout=_PATIENCE)
+            if use_gpu:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=_PATIENCE)
+        group = dist.group.WORLD if owned and not use_gpu else dist.new_group(backend="gloo", timeout=_PATIENCE)
         return cls(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), group, owned)
 
     def __enter__(self) -> Processes:

@@ -7,6 +7,7 @@ was cut off, and however many processes share the work, the table comes out the 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -28,8 +29,9 @@ from pocl.difficulty.measure import (
 )
 from pocl.difficulty.processes import Processes
 from pocl.difficulty.samples import Sample, SampleReader, mark_of, split_into_shards
-from pocl.difficulty.store import MemoryStore, ShardStore
+from pocl.difficulty.store import MemoryStore, ShardStore, add_ids
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
+from pocl.generation.settings import text_config
 from pocl.rouge import rouge_l
 from pocl.teacher.store import model_fingerprint, tokenizer_fingerprint
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 # Samples between two writes: enough that filling and draining the batch of answers weighs little, few enough to lose.
 SHARD_SIZE = {"cpu": 128, "cuda": 1024}
+
+# Parts of a configuration that change without a change of the scores.
+_INCIDENTAL = frozenset({"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"})
 
 _TYPES = {
     "sample_id": pa.int64(),
@@ -124,8 +129,8 @@ def score(
             settings = generation or GenerationSettings()
             answering = _answering(model, tokenizer, settings, backend, batch_size, max_prompt_length, processes)
         run = {
-            "model": model_fingerprint(model),
-            "teacher": None if teacher is None else model_fingerprint(teacher),
+            "model": _identity(model),
+            "teacher": None if teacher is None else _identity(teacher),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "rows": read.describe(),
             "answers": None if answering is None else asdict(answering) | {"rows": batch_size},
@@ -192,9 +197,13 @@ def _score_shards(
 ) -> int:
     """Scores what this process has to and is not there yet; returns the number of shards of all processes."""
     num_shards = 0
+    stream = not hasattr(dataset, "select")  # whose ids nobody has seen before
+    seen: set[int] = set()
     with _Progress(_share(dataset, shard_size, processes), processes, progress) as bar:
         for index, rows in split_into_shards(dataset, shard_size):
             num_shards += 1
+            if stream:
+                add_ids([row[read.id_column] for row in rows()], seen)
             if index % processes.size != processes.rank:
                 continue
             raw = rows()
@@ -214,6 +223,15 @@ def _share(dataset: Any, shard_size: int, processes: Processes) -> int | None:
         return None
     starts = range(processes.rank * shard_size, len(dataset), processes.size * shard_size)
     return sum(min(shard_size, len(dataset) - start) for start in starts)
+
+
+def _identity(model: nn.Module) -> dict[str, Any]:
+    """A hash of the weights, and the configuration that decides how they are used (positions, windows, caps)."""
+    config = json.loads(text_config(model).to_json_string(use_diff=False))
+    return {
+        "weights": model_fingerprint(model),
+        "config": {name: value for name, value in config.items() if name not in _INCIDENTAL},
+    }
 
 
 def _check_sizes(**sizes: int | None) -> None:

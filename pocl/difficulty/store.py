@@ -11,7 +11,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class ShardStore:
         def write(file: Any) -> None:
             writer = None
             for table in self._tables(num_shards):
-                check_ids(table, seen)
+                add_ids(table["sample_id"].to_pylist(), seen)
                 writer = writer or pq.ParquetWriter(file, table.schema, **_PARQUET)
                 writer.write_table(table)
             if writer is not None:
@@ -156,7 +156,7 @@ class MemoryStore:
         """Checks the ids, as `ShardStore.finish` does."""
         seen: set[int] = set()
         for index in range(num_shards):
-            check_ids(self._tables[index], seen)
+            add_ids(self._tables[index]["sample_id"].to_pylist(), seen)
         if not seen:
             raise ValueError("no sample is left to score: none has a response")
 
@@ -165,13 +165,13 @@ class MemoryStore:
         return pa.concat_tables([self._tables[i] for i in sorted(self._tables)])
 
 
-def check_ids(table: pa.Table, seen: set[int]) -> None:
-    """Adds the table's sample ids to `seen`.
+def add_ids(ids: Iterable[int], seen: set[int]) -> None:
+    """Adds sample ids to `seen`.
 
     Raises:
         ValueError: one of them is there already.
     """
-    for sample_id in table["sample_id"].to_pylist():
+    for sample_id in ids:
         if sample_id in seen:
             raise ValueError(
                 f"sample id {sample_id} occurs more than once; an id names one sample: number the rows anew"

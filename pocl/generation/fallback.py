@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from pocl.generation.sampling import NgramBan, choose, uniforms
-from pocl.generation.settings import GenerationSettings, Request
+from pocl.generation.sampling import NgramBan, check_finite, choose, uniforms
+from pocl.generation.settings import GenerationSettings, Request, context_length
 
 
 def answer_in_batches(
@@ -19,11 +22,21 @@ def answer_in_batches(
     eos_token_ids: Sequence[int],
     batch_size: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (index, answer) for every request, longest prompts first, a batch at a time."""
+    """Yields (index, answer) for every request, longest prompts first, a batch at a time.
+
+    Raises:
+        ValueError: logits that are not finite; names the sample.
+    """
+    context = context_length(model) or sys.maxsize
     order = sorted(requests, key=lambda r: -len(r.prompt))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        yield from zip([r.index for r in batch], _batch(model, batch, settings, eos_token_ids), strict=True)
+    # an answer that the context may cut short goes alone: in a batch it would cut the others short too
+    count = sum(len(r.prompt) + settings.max_new_tokens > context + 1 for r in order)
+    starts = [*range(count), *range(count, len(order), batch_size), len(order)]
+    for start, stop in pairwise(starts):
+        batch = order[start:stop]
+        limit = min(settings.max_new_tokens, context + 1 - len(batch[0].prompt))
+        answers = _batch(model, batch, replace(settings, max_new_tokens=limit), eos_token_ids)
+        yield from zip([r.index for r in batch], answers, strict=True)
 
 
 def _batch(
@@ -65,7 +78,7 @@ class _Choose:
     """A logits processor that leaves one token alive: greedy search then returns what our own rules chose."""
 
     def __init__(self, settings: GenerationSettings, requests: Sequence[Request], width: int) -> None:
-        self.settings, self.width = settings, width
+        self.settings, self.requests, self.width = settings, requests, width
         self.noise = None
         if settings.do_sample:
             self.noise = torch.stack([uniforms(settings.seed, r.sample_id, settings.max_new_tokens) for r in requests])
@@ -74,6 +87,7 @@ class _Choose:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self.width
+        check_finite(scores, [(request.sample_id, step) for request in self.requests])
         if self.bans and step:
             for ban, token in zip(self.bans, input_ids[:, -1].tolist(), strict=True):
                 ban.append(token)

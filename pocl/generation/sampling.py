@@ -41,6 +41,28 @@ def choose(
     return tokens.gather(-1, position.clamp_max(logits.shape[-1] - 1)).squeeze(-1)
 
 
+def check_finite(
+    logits: Tensor,  # [B, V]
+    places: Sequence[tuple[int, int]],
+) -> None:
+    """Refuses logits that no token can be chosen from.
+
+    Args:
+        logits: of the next tokens.
+        places: for each row its sample's id and the position of the token in the answer.
+
+    Raises:
+        ValueError: a row with NaN or +inf, or without any finite value; names the sample.
+    """
+    fine = logits.amax(dim=-1).isfinite()
+    if not bool(fine.all()):
+        sample_id, position = places[int(fine.logical_not().nonzero()[0])]
+        raise ValueError(
+            f"the logits for token {position} of the answer of sample {sample_id} are not finite; generate in float32 "
+            "or check the weights"
+        )
+
+
 class NgramBan:
     """The tokens that would repeat a run of `size` tokens of one growing sequence; constant work a token."""
 

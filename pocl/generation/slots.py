@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from pocl.generation.sampling import NgramBan, choose, uniforms
+from pocl.generation.sampling import NgramBan, check_finite, choose, uniforms
 from pocl.generation.settings import GenerationSettings, Request, context_length, text_config
 from pocl.heads import backbone_of, head_of, project, unwrapped
 
@@ -203,7 +203,7 @@ class SlotEngine:
         """The next token of the active rows from `start` on; rows that end leave and are yielded."""
         logits = project(self.head, hidden)
         rows = self.active[start:]
-        self._check(logits, rows)
+        check_finite(logits, [(row.request.sample_id, len(row.answer)) for row in rows])
         for i, row in enumerate(rows):
             if row.ban is not None and (banned := row.ban.banned()):
                 logits[i, banned] = -torch.inf
@@ -221,15 +221,6 @@ class SlotEngine:
                 finished.append(i)
                 yield row.request.index, row.answer
         self._remove(finished)
-
-    def _check(self, logits: Tensor, rows: Sequence[_Row]) -> None:
-        fine = logits.amax(dim=-1).isfinite()
-        if not bool(fine.all()):
-            row = rows[int(fine.logical_not().nonzero()[0])]
-            raise ValueError(
-                f"the logits for token {len(row.answer)} of the answer of sample {row.request.sample_id} are not "
-                "finite; generate in float32 or check the weights"
-            )
 
     def _remove(self, finished: list[int]) -> None:
         """Fills the places of finished rows with the last active ones."""

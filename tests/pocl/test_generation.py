@@ -9,6 +9,7 @@ import torch
 from pocl.generation import (
     GenerationSettings,
     NgramBan,
+    SlotEngine,
     choose,
     end_tokens,
     generate,
@@ -86,6 +87,38 @@ def test_answers_end_before_the_end_token(model: Any, prompts: list[list[int]]) 
     ends = [free[0][4]]
     cut = generate(model, prompts, GenerationSettings(max_new_tokens=8), eos_token_ids=[*ends, 1], progress=False)
     assert cut[0] == free[0][: free[0].index(ends[0])]
+
+
+def test_the_batch_stays_full_while_prompts_wait(
+    model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, active = SlotEngine.forward, []
+    monkeypatch.setattr(SlotEngine, "forward", lambda self, tokens: active.append(len(tokens)) or plain(self, tokens))
+    ends = sorted({answer[2] for answer in _generate(model, prompts, GenerationSettings(max_new_tokens=8))})[:4]
+    active.clear()
+    settings = GenerationSettings(max_new_tokens=8)
+    answers = generate(model, prompts, settings, eos_token_ids=ends, batch_size=3, backend="slots", progress=False)
+    # an answer is chosen from as many passes as it has tokens and, where it ends early, one for the end token; the
+    # first of them is that of its prompt
+    passes = [min(len(answer) + 1, 8) - 1 for answer in answers]
+    assert len(set(passes)) > 2
+    assert sum(active) == sum(passes)
+    waiting_ends = max(i for i, count in enumerate(active) if count == 3)
+    assert active[: waiting_ends + 1] == [3] * (waiting_ends + 1)
+    assert active == sorted(active, reverse=True)
+
+
+@pytest.mark.parametrize("backend", ["slots", "transformers"])
+def test_an_answer_ends_where_the_context_does(backend: str, prompts: list[list[int]]) -> None:
+    model = _random_model("GPT2Config", {**GPT2, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1})
+    short = [[token % 97 + 3 for token in prompt][:14] for prompt in prompts]
+    whole = generate(model, short, GenerationSettings(40), eos_token_ids=[], backend="slots", progress=False)
+    assert [len(prompt) + len(answer) for prompt, answer in zip(short, whole, strict=True)] == [17] * len(short)
+    found = generate(
+        model, short, GenerationSettings(8), eos_token_ids=EOS, batch_size=4, backend=backend, progress=False
+    )
+    cut = [answer[: answer.index(1)] if 1 in answer else answer for answer in whole]
+    assert found == [answer[:8] for answer in cut]
 
 
 def test_training_mode_is_left_as_it_was(make_tiny_model: Callable[..., Any]) -> None:
@@ -241,12 +274,13 @@ def test_bad_prompts_are_refused(model: Any, prompts: list[list[int]], options: 
         _generate(model, prompts, GenerationSettings(max_new_tokens=1), **options)
 
 
-def test_logits_that_are_not_finite_name_the_sample(make_tiny_model: Callable[..., Any]) -> None:
-    model = make_tiny_model()
+@pytest.mark.parametrize("backend", ["slots", "transformers"])
+def test_logits_that_are_not_finite_name_the_sample(make_tiny_model: Callable[..., Any], backend: str) -> None:
+    model = make_tiny_model(tie_word_embeddings=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = float("nan")
     with pytest.raises(ValueError, match=r"token 0 of the answer of sample 31 are not finite"):
-        _generate(model, [[3, 7]], GenerationSettings(max_new_tokens=2), sample_ids=[31], backend="slots")
+        _generate(model, [[3, 5], [3, 7]], GenerationSettings(max_new_tokens=2), sample_ids=[30, 31], backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,8 @@
 """A scoring run that is cut off, damaged, streamed or shared among processes ends in the same bytes."""
 
 import errno
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +138,7 @@ def test_a_folder_of_another_run_is_refused_with_what_changed(
 ) -> None:
     folder = tmp_path / "whole"
     with pytest.raises(
-        ValueError, match=r"scores of another run:\n  model: .*\n  answers.settings.max_new_tokens: 8 in"
+        ValueError, match=r"scores of another run:\n  model.weights: .*\n  answers.settings.max_new_tokens: 8 in"
     ):
         _score(make_tiny_model(seed=4), tiny_tokenizer, examples, folder, generation=GenerationSettings(9))
     with pytest.raises(ValueError, match=r"batches.shard_size: 7 in the folder, 8 now"):
@@ -149,6 +146,62 @@ def test_a_folder_of_another_run_is_refused_with_what_changed(
     changed = load_examples([{**row, "response": row["response"] + " w1"} for row in examples.to_list()][::-1])
     with pytest.raises(ValueError, match=r"00000.parquet was scored from other samples"):
         _score(model, tiny_tokenizer, changed, folder)
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"stem": False}, "batches.stem: True in the folder, False now"),
+        ({"max_batch_tokens": 512}, "batches.max_batch_tokens: 4096 in the folder, 512 now"),
+        ({"max_length": 100}, "rows.max_length: 512 in the folder, 100 now"),
+        ({"max_prompt_length": 100}, "rows.max_prompt_length: 256 in the folder, 100 now"),
+        ({"template": "alpaca"}, "rows.template: 'plain' in the folder, 'alpaca' now"),
+        ({"batch_size": 2}, "answers.rows: None in the folder, 2 now"),
+        ({"backend": "transformers"}, "answers.backend: 'slots' in the folder, 'transformers' now"),
+        ({"answers": False, "generation": None}, "answers: {.*} in the folder, None now"),
+        ({"generation": GenerationSettings(8, no_repeat_ngram_size=3)}, "answers.settings.no_repeat_ngram_size: 0 in"),
+        ({"generation": GenerationSettings(8, do_sample=True)}, "answers.settings.do_sample: False in the folder"),
+        ({"generation": GenerationSettings(8, seed=1)}, "answers.settings.seed: 0 in the folder, 1 now"),
+    ],
+)
+def test_every_setting_that_decides_a_score_is_part_of_the_fingerprint(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, options: dict[str, Any], changed: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"scores of another run:\n  {changed}"):
+        _score(model, tiny_tokenizer, examples, tmp_path / "whole", **options)
+
+
+@pytest.mark.usefixtures("whole")
+def test_models_and_tokenizer_are_part_of_the_fingerprint(
+    model: Any, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, examples: Dataset, tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole"
+    with pytest.raises(ValueError, match=r"run:\n  teacher: None in the folder"):
+        _score(model, tiny_tokenizer, examples, folder, teacher=make_tiny_model(seed=4))
+    turned = make_tiny_model(seed=3, rope_parameters={"rope_theta": 500.0, "rope_type": "default"})  # equal weights
+    with pytest.raises(
+        ValueError, match=r"run:\n  model.config.rope_parameters.rope_theta: 10000.0 in the folder, 500"
+    ):
+        _score(turned, tiny_tokenizer, examples, folder)
+    tiny_tokenizer.add_tokens(["another"])
+    with pytest.raises(ValueError, match=r"run:\n  tokenizer: "):
+        _score(model, tiny_tokenizer, examples, folder)
+
+
+@pytest.mark.usefixtures("whole")
+def test_samples_of_other_ids_or_references_are_others_even_with_equal_tokens(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path
+) -> None:
+    renumbered = examples.remove_columns("id").add_column("id", [i + 1 for i in examples["id"]])
+    with pytest.raises(ValueError, match=r"00000.parquet was scored from other samples"):
+        _score(model, tiny_tokenizer, renumbered, tmp_path / "whole")
+    unknown, other = (
+        load_examples([{"prompt": "w1", "completion": f"w2 {word}"}]) for word in ("unknown", "unheard")
+    )  # both are <unk> to the tokenizer, but not to ROUGE-L
+    _score(model, tiny_tokenizer, unknown, tmp_path / "one")
+    with pytest.raises(ValueError, match=r"00000.parquet was scored from other samples"):
+        _score(model, tiny_tokenizer, other, tmp_path / "one")
 
 
 def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
@@ -178,30 +231,16 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
 # -------------------------------------------------------------------------------------------------------- processes
 
 
-def _start(work: Callable[[], Any], size: int = 1) -> list[Any]:
-    """Forks processes as a launcher would start them; each ends with exit code 0 if `work` returns."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def main(rank: int) -> None:
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
-        work()
-        sys.stdout.flush()
-        os._exit(0)
-
-    processes = [multiprocessing.get_context("fork").Process(target=main, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    return processes
-
-
 def test_two_and_four_processes_write_the_bytes_of_one(
-    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+    model: Any,
+    tiny_tokenizer: Any,
+    examples: Dataset,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    start_processes: Callable[..., list[Any]],
 ) -> None:
     for size in (2, 4):
-        processes = _start(lambda: _score(model, tiny_tokenizer, examples, tmp_path / str(size)), size)  # noqa: B023
+        processes = start_processes(lambda: _score(model, tiny_tokenizer, examples, tmp_path / str(size)), size)  # noqa: B023
         for process in processes:
             process.join(timeout=120)
         assert [process.exitcode for process in processes] == [0] * size
@@ -209,13 +248,18 @@ def test_two_and_four_processes_write_the_bytes_of_one(
 
 
 def test_an_error_of_the_first_process_ends_all(
-    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+    model: Any,
+    tiny_tokenizer: Any,
+    examples: Dataset,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    start_processes: Callable[..., list[Any]],
 ) -> None:
     def work() -> None:
         with pytest.raises(ValueError, match=r"batches.shard_size: 7 in the folder, 8 now"):
             _score(model, tiny_tokenizer, examples, tmp_path / "whole", shard_size=8)
 
-    for process in (processes := _start(work, 2)):
+    for process in (processes := start_processes(work, 2)):
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0]
 
@@ -229,10 +273,15 @@ def test_several_processes_need_a_folder(
 
 
 def test_a_killed_process_is_taken_up_and_ends_in_the_same_bytes(
-    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+    model: Any,
+    tiny_tokenizer: Any,
+    examples: Dataset,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    start_processes: Callable[..., list[Any]],
 ) -> None:
     folder = tmp_path / "killed"
-    (process,) = _start(lambda: _score(model, tiny_tokenizer, examples, folder))
+    (process,) = start_processes(lambda: _score(model, tiny_tokenizer, examples, folder))
     deadline = time.monotonic() + 60
     while len(_bytes(folder)) < 2 and time.monotonic() < deadline:
         time.sleep(0.001)

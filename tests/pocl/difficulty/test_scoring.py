@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from pocl.data import load_examples, tokenize
 from pocl.difficulty import KL_TO_TEACHER, RESPONSE_LENGTH, TEACHER_CROSS_ENTROPY, rank, rouge_l, score
 from pocl.difficulty.measure import token_budget_batches
+from pocl.difficulty.scoring import Scorer
 from pocl.generation import GenerationSettings
 
 SETTINGS = GenerationSettings(max_new_tokens=8)
@@ -131,12 +132,18 @@ def test_a_sample_beyond_the_context_is_named(model: Any, tiny_tokenizer: Any) -
         _score(model, tiny_tokenizer, long, max_length=1000, max_prompt_length=500)
 
 
-def test_duplicate_ids_are_refused_in_tables_and_in_streams(model: Any, tiny_tokenizer: Any, examples: Dataset) -> None:
+def test_duplicate_ids_are_refused_in_tables_and_in_streams(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     doubled = concatenate_datasets([examples, examples.select([3])])
     with pytest.raises(ValueError, match="1 sample ids occur more than once, the first is 3"):
         _score(model, tiny_tokenizer, doubled)
+    scored: list[int] = []
+    plain = Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda self, rows, *a: scored.append(len(rows)) or plain(self, rows, *a))
     with pytest.raises(ValueError, match="sample id 3 occurs more than once"):
         _score(model, tiny_tokenizer, doubled.to_iterable_dataset(), shard_size=5)
+    assert scored == [5, 5]  # refused before the shard with the second one is scored
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(model: Any, tiny_tokenizer: Any, examples: Dataset) -> None:
