@@ -93,12 +93,11 @@ class HiddenStateCache:
             state = "is unfinished" if store.read_json("plan.json") else "holds no cache"
             raise ValueError(f"path {path} {state}; (re)start HiddenStateCache.build with it, which goes on from there")
         _compare(index, _fingerprint(teacher, tokenizer, template), path)
-        for shard in range(index["num_shards"]):
-            fault = store.shard_fault(shard, full=verify)
+        for part in (store.head_path, *map(store.shard_path, range(index["num_shards"]))):
+            fault = store.fault(part, full=verify)
             if fault is not None:
                 raise ValueError(
-                    f"{store.shard_path(shard)} is corrupted: {fault}; HiddenStateCache.build(..., repair=True) writes "
-                    "it again"
+                    f"{part} is corrupted: {fault}; HiddenStateCache.build(..., repair=True) writes it again"
                 )
         cache = cls(store, index, fallback)
         if dataset is not None:
@@ -232,14 +231,15 @@ class HiddenStateCache:
         if existing is not None:
             _compare(existing, plan, path)
         if repair:
-            for i in range(len(shards)):
-                if store.shard_fault(i, full=True) is not None:
-                    store.discard_shard(i)
+            for part in (store.head_path, *map(store.shard_path, range(len(shards)))):
+                if store.fault(part, full=True) is not None:
+                    store.discard(part)
         missing = [i for i in range(len(shards)) if store.shard_fault(i) is not None]
         _check_space(store.folder, sum(shards[i].tokens for i in missing) * hidden_size * dtype.itemsize)
         store.folder.mkdir(parents=True, exist_ok=True)
-        if existing is None:
+        if store.fault(store.head_path) is not None:
             store.write_head(online.head)
+        if existing is None:
             store.write_json("plan.json", plan)
         _write_missing(store, shards, online, dataset, dtype, batch_tokens, disable_tqdm)
         store.finish(plan)

@@ -26,7 +26,9 @@ def choose_teacher(passes: float, cache_bytes: int, free_bytes: int, on_policy: 
     if on_policy:
         return TeacherChoice(False, "online: responses sampled while training cannot be stored beforehand")
     if passes <= 1:
-        return TeacherChoice(False, f"online: every sample is trained on {passes:g} times, a cache would cost as much")
+        return TeacherChoice(
+            False, f"online: {passes:g} passes over the samples are planned, a cache would cost one as well"
+        )
     if cache_bytes > 0.9 * free_bytes:
         return TeacherChoice(False, f"online: the cache would take {size}, and {free} are free")
     saved = passes - 1

@@ -2,7 +2,7 @@
 
     cache/
         plan.json                 fingerprint and the shards to be written
-        head.safetensors          the teacher's projection
+        head.safetensors          the teacher's projection, with head.json as for a shard
         shard-00000.safetensors   `hidden` [tokens, H], `keys` [samples] int64, `counts` [samples] int64
         shard-00000.json          checksum of the shard, written after it: the shard is whole
         shard-00000.lock          held while a process writes the shard; a dead process holds nothing
@@ -101,20 +101,32 @@ class Store:
     def shard_path(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
+    @property
+    def head_path(self) -> Path:
+        return self.folder / "head.safetensors"
+
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the cache, None if it is not there."""
+        """A JSON file of the cache, None if it is not there.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
         path = self.folder / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        try:
+            return json.loads(path.read_text("utf-8")) if path.exists() else None
+        except ValueError:
+            raise ValueError(f"{path} is corrupted; remove it and start HiddenStateCache.build again") from None
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self._replace(self.folder / name, json.dumps(content, indent=1).encode())
 
     def write_head(self, head: Head) -> None:
         tensors = {"weight": head.weight.detach()} | ({} if head.bias is None else {"bias": head.bias.detach()})
-        self._save(self.folder / "head.safetensors", {n: t.contiguous().cpu() for n, t in tensors.items()})
+        self._save(self.head_path, {n: t.contiguous().cpu() for n, t in tensors.items()})
+        self._note(self.head_path)
 
     def read_head(self, scale: float, softcap: float | None) -> Head:
-        tensors = load_file(self.folder / "head.safetensors")
+        tensors = load_file(self.head_path)
         return Head(tensors["weight"], tensors.get("bias"), scale=scale, softcap=softcap)
 
     def write_shard(self, index: int, plan: ShardPlan, hidden: Tensor) -> None:
@@ -122,13 +134,17 @@ class Store:
         tensors = {"hidden": hidden.contiguous(), "keys": torch.tensor(plan.keys), "counts": torch.tensor(plan.counts)}
         path = self.shard_path(index)
         self._save(path, tensors)
-        note = {"checksum": checksum(path), "bytes": path.stat().st_size, "tokens": plan.tokens}
-        self.write_json(f"{path.stem}.json", note)
+        self._note(path, tokens=plan.tokens)
 
     def shard_fault(self, index: int, full: bool = False) -> str | None:
         """What is wrong with a shard, or None; the contents are read only if `full`."""
-        path = self.shard_path(index)
+        return self.fault(self.shard_path(index), full)
+
+    def fault(self, path: Path, full: bool = False) -> str | None:
+        """What is wrong with a shard or the head, or None."""
         note = self.read_json(f"{path.stem}.json")
+        if note is None and path == self.head_path and path.exists():
+            return None  # it is there in full or not at all; the run died before it was noted
         if note is None or not path.exists():
             return "it is missing"
         if path.stat().st_size != note["bytes"]:
@@ -137,8 +153,8 @@ class Store:
             return "its checksum is wrong"
         return None
 
-    def discard_shard(self, index: int) -> None:
-        path = self.shard_path(index)
+    def discard(self, path: Path) -> None:
+        """Remove a shard or the head."""
         path.with_suffix(".json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
@@ -155,10 +171,15 @@ class Store:
             yield True
 
     def finish(self, index: Mapping[str, Any]) -> None:
-        """Write the index; nobody needs the locks from then on."""
+        """Write the index; nobody needs the locks, nor what dead processes left half written, from then on."""
         self.write_json("index.json", index)
-        for path in self.folder.glob("*.lock"):
-            path.unlink(missing_ok=True)
+        for pattern in ("*.lock", ".shard-*.tmp"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _note(self, path: Path, **further: int) -> None:
+        content = {"checksum": checksum(path), "bytes": path.stat().st_size, **further}
+        self.write_json(f"{path.stem}.json", content)
 
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -114,26 +114,36 @@ def test_a_build_that_was_cut_off_goes_on_and_gives_the_same_bits(
     )
     resumed = build(tmp_path / "cut", online, rows)
     assert sorted(calls) == list(range(resumed.index["num_shards"]))
+    assert not [path.name for path in (tmp_path / "cut").iterdir() if path.suffix in (".tmp", ".lock")]
     assert torch.equal(resumed.rows(rows), whole.rows(rows))
 
 
+@pytest.mark.parametrize("part", ["shard-00000", "head"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_corrupted_shard_is_named_and_written_again_on_request(
-    damage: str, tmp_path: Path, online: Any, rows: Any
+    damage: str, part: str, tmp_path: Path, online: Any, rows: Any
 ) -> None:
     cache = build(tmp_path / "c", online, rows)
     good = cache.rows(rows)
-    path = tmp_path / "c" / "shard-00000.safetensors"
+    path = tmp_path / "c" / f"{part}.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     {"cut": lambda: path.write_bytes(content[:-9]), "flipped": lambda: path.write_bytes(content), "gone": path.unlink}[
         damage
     ]()
-    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is corrupted.*repair=True"):
+    with pytest.raises(ValueError, match=rf"{part}\.safetensors is corrupted.*repair=True"):
         HiddenStateCache.open(tmp_path / "c", verify=True)
     repaired = build(tmp_path / "c", online, rows, repair=True)
     assert torch.equal(repaired.rows(rows), good)
+    assert torch.equal(repaired.head.weight, online.head.weight)
     HiddenStateCache.open(tmp_path / "c", verify=True)
+
+
+def test_a_file_of_the_cache_that_cannot_be_read_is_named(tmp_path: Path, online: Any, rows: Any) -> None:
+    build(tmp_path / "c", online, rows)
+    (tmp_path / "c" / "index.json").write_text('{"format": ')
+    with pytest.raises(ValueError, match=r"index\.json is corrupted; remove it"):
+        HiddenStateCache.open(tmp_path / "c")
 
 
 def test_a_cache_of_something_else_is_refused_by_name(
