@@ -157,6 +157,28 @@ def test_stages_train_on_their_subsets_once_an_epoch(student, teacher, config, r
         assert seen != expected
 
 
+def test_every_epoch_of_every_stage_has_an_order_of_its_own_that_the_seed_fixes(
+    student, teacher, config, rows, tmp_path
+) -> None:
+    def orders(folder: str, **fields: Any) -> list[tuple[int, ...]]:
+        seen: list[int] = []
+
+        def collate(chosen: Any) -> Any:
+            seen.extend(row["sample_id"] for row in chosen)
+            return Collator(0)(chosen)
+
+        stages = (Stage(0, (0,), epochs=2), Stage(1, (0,), max_steps=12))
+        args = config(output_dir=str(tmp_path / folder), save_strategy="no", **fields)
+        make(student, teacher, args, rows, curriculum=Curriculum(stages), data_collator=collate).train()
+        return [tuple(seen[start : start + len(rows)]) for start in range(0, len(seen), len(rows))]
+
+    first = orders("a")
+    assert len(set(first)) == len(first) == 4
+    assert {tuple(sorted(order)) for order in first} == {tuple(row["sample_id"] for row in rows)}
+    assert orders("b") == first
+    assert not set(orders("c", seed=7)) & set(first)
+
+
 def test_a_second_call_trains_nothing_and_restores_the_result(student, teacher, config, rows, subsets) -> None:
     args, curriculum = config(), Curriculum.baby_step(2, epochs=1)
     pairs = [s % 2 for s in subsets]
