@@ -33,7 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure import machine, peak_bytes, save_results
+from benchmarks.measure import machine, peak_bytes, progress_bar, save_results
 
 PARTS = ("rouge", "cross-entropy", "answers", "score", "identity", "memory")
 BATCH = 16
@@ -113,11 +113,13 @@ def authors_rouge(predictions: Sequence[str], references: Sequence[str]) -> list
 def take_turns(functions: dict[str, Callable[[], Any]], runs: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(last result, [wall seconds, CPU seconds] of every run) of each function, A B A B ..."""
     results, times = {}, {name: [] for name in functions}  # type: ignore[var-annotated]
-    for _ in range(runs):
-        for name, function in functions.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            results[name] = function()
-            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    with progress_bar(runs * len(functions)) as advance:
+        for _ in range(runs):
+            for name, function in functions.items():
+                advance(name)
+                wall, cpu = time.perf_counter(), time.process_time()
+                results[name] = function()
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     return results, times
 
 
