@@ -70,6 +70,15 @@ def test_no_repeated_ngram_within_prompt_and_answer(model: Any, prompts: list[li
     assert bound == _one_by_one(model, prompts, max_new_tokens=40, no_repeat_ngram_size=2)
 
 
+@pytest.mark.parametrize("backend", ["slots", "transformers"])
+def test_runs_of_the_prompt_count_as_repeated(model: Any, backend: str) -> None:
+    prompts = [list(range(3, 403)), list(range(500, 900))]
+    settings = GenerationSettings(max_new_tokens=12, no_repeat_ngram_size=1)
+    answers = _generate(model, prompts, settings, backend=backend)
+    assert answers == _one_by_one(model, prompts, max_new_tokens=12, no_repeat_ngram_size=1)
+    assert all(not set(prompt) & set(answer) for prompt, answer in zip(prompts, answers, strict=True))
+
+
 def test_a_sampled_answer_depends_on_seed_and_sample_id_alone(model: Any, prompts: list[list[int]]) -> None:
     settings = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.7, seed=5)
     ids = list(range(50, 50 + len(prompts)))

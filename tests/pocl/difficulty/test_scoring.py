@@ -92,6 +92,15 @@ def test_a_teacher_adds_its_cross_entropy_and_the_distance_to_it(
     assert sorted(ranked["rank"][:]) == list(range(1, 13))
 
 
+def test_a_model_in_training_is_scored_without_dropout_and_left_in_training(
+    make_tiny_model: Callable[..., Any], tiny_tokenizer: Any, examples: Dataset
+) -> None:
+    dropping = make_tiny_model(seed=3, attention_dropout=0.5)
+    expected = _score(dropping, tiny_tokenizer, examples, teacher=dropping).to_dict()
+    assert _score(dropping.train(), tiny_tokenizer, examples, teacher=dropping).to_dict() == expected
+    assert dropping.training
+
+
 def test_budget_batches_hold_every_sample_once_within_the_budget() -> None:
     lengths = [3, 50, 7, 7, 20, 1, 33]
     batches = token_budget_batches(lengths, 40)
