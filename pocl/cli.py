@@ -5,6 +5,7 @@ Models, data sets and torch are imported by the commands that need them, so that
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -147,11 +148,16 @@ def _run(
         from pocl.pipeline import run
 
         folder = run(recipe, until=until, change=change, console=console)
-        if plot:
+        if plot and _is_first_process():
             _plot_ranking(folder, console)
         _print_outcome(folder, until, console)
 
     _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
+
+
+def _is_first_process() -> bool:
+    """Of those that `torchrun` or `accelerate launch` started, the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _guarded(work: Callable[[Console], None], command: str) -> None:
@@ -159,7 +165,7 @@ def _guarded(work: Callable[[Console], None], command: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console()
+    console = Console(quiet=not _is_first_process())
     try:
         work(console)
     except KeyboardInterrupt:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def run(recipe: Recipe, *, until: str = "report", change: bool = False, console: Console | None = None) -> Path:
     """Do what is missing in the recipe's output folder for the step `until`, and that step.
 
+    Under `torchrun` or `accelerate launch` the processes rank and train together.
+
     Args:
         recipe: what to do.
         until: name of the last step: models, data, teacher-cache, warm-up, ranking, training, evaluation, report.
@@ -34,16 +36,19 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
     """
     from rich.console import Console
 
+    from pocl.difficulty.processes import Processes
+
     steps = build_steps(recipe)
     names = [step.name for step in steps]
     if until not in names:
         hint = "; to cache all the same, set teacher_cache.mode to cached" if until == CACHE else ""
         raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
     path = Path(recipe.output)
-    folder = RunFolder(path, change=change)
-    folder.claim(recipe.model_dump(mode="json"))
-    context = Context(recipe, path, console or Console())
-    run_steps(needed_for(steps, until), context, folder, context.console)
+    with Processes.current(devices=True) as processes:
+        folder = RunFolder(path, change=change)
+        processes.first(lambda: folder.claim(recipe.model_dump(mode="json")))
+        context = Context(recipe, path, (console or Console()) if processes.rank == 0 else Console(quiet=True))
+        run_steps(needed_for(steps, until), context, folder, context.console, processes)
     return path
 
 

@@ -57,6 +57,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
                 CACHE,
                 "Run the teacher once and keep what it thinks of every answer token; training then needs it no more.",
                 cache_teacher,
+                shared=True,
                 outputs=["teacher-cache"],
                 needs=[MODELS, DATA],
                 settings=_part(values, "teacher_cache"),
@@ -69,6 +70,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
                 WARMUP,
                 "Plain distillation on all samples, so that the student speaks before it is asked what is hard.",
                 warm_up,
+                shared=True,
                 outputs=["warmup"],
                 needs=list(before),
                 settings={**_part(values, "warmup", "training"), **seed},
@@ -83,6 +85,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             if recipe.ranking.needs_answers
             else "What the student expects, or whatever the recipe's criteria say, is easy.",
             rank_samples,
+            shared=True,
             outputs=["ranking"],
             needs=[name for name in before if name != CACHE and not (teacherless and name == MODELS)],
             settings={
@@ -95,6 +98,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             TRAINING,
             f"Distillation in {len(curriculum_of(recipe).stages)} stage(s), from easy to hard, as the recipe says.",
             train_curriculum,
+            shared=True,
             outputs=["training", "student"],
             needs=[*before, RANKING],
             settings={**_part(values, "curriculum", "loss", "on_policy", "training"), **seed},

@@ -301,18 +301,21 @@ def _save(trainer: Any, folder: Path, *, title: str | None = None) -> None:
     from pocl.trainer.weights import save_weights
 
     scratch = folder.with_name(f".{folder.name}-writing")
-    shutil.rmtree(scratch, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(scratch, ignore_errors=True)
     save_weights(trainer, scratch)
-    if title:
-        write_text(scratch / "README.md", f"# {title}\n{distillation_section(trainer)}")
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    if trainer.is_world_process_zero():
+        if title:
+            write_text(scratch / "README.md", f"# {title}\n{distillation_section(trainer)}")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _remove_stages(folder: Path) -> None:
     """Checkpoints are for going on; a finished step needs them no more, and they hold three times the model each."""
     for stage in folder.glob("stage-*"):
-        shutil.rmtree(stage)
+        shutil.rmtree(stage, ignore_errors=True)  # every process comes here
 
 
 def _loss_note(folder: Path) -> str:
