@@ -19,7 +19,7 @@ class Plan:
     steps: list[tuple[str, str]]
     """Name and purpose of each step."""
     stages: list[dict[str, str]]
-    """A row for each stage (see `Curriculum.table`)."""
+    """A row for each stage (see `Curriculum.table`), with a guess of its time where the models' sizes are known."""
     num_samples: int | None
     """Training samples, empty ones included; where the data cannot be read, `data.num_train`, which may be None."""
     unread: str
@@ -33,14 +33,19 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """Stages, samples, steps, temperatures and learning rates of a recipe.
 
-    Reads the data where they are on this machine; fetches nothing, and never touches the models.
+    Reads the data, and the models' configurations, where they are on this machine; fetches nothing, loads no weights.
     """
+    from pocl.pipeline.guess import seconds_per_step
     from pocl.pipeline.prepare import split_examples
 
-    count, unread = recipe.data.num_train, ""
+    count, unread, seconds = recipe.data.num_train, "", None
     try:
         with _offline():
-            count = len(split_examples(recipe)["train"])
+            train = split_examples(recipe)["train"]
+            count = len(train)
+            some = train.select(range(min(count, 1000)))
+            texts = (prompt + response for prompt, response in zip(some["prompt"], some["response"], strict=True))
+            seconds = seconds_per_step(recipe, texts, cached=_is_cached(recipe))
     except ConnectionError:
         unread = "they are not on this machine, and a plan fetches nothing"
     except Exception as error:  # whatever a file or a loader may raise: a plan is possible without
@@ -49,7 +54,11 @@ def plan(recipe: Recipe) -> Plan:
     parts = recipe.curriculum.num_stages
     training = recipe.training
     subsets = None if count is None else [min(i // max(1, count // parts), parts - 1) for i in range(count)]
-    stages = curriculum.table(subsets, training.batch_size * training.gradient_accumulation_steps)
+    batch_size = training.batch_size * training.gradient_accumulation_steps
+    stages = curriculum.table(subsets, batch_size, seconds_per_step=seconds)
+    for number, row in enumerate(stages):  # columns that fit a terminal, and a guess that looks like one
+        row |= {"time": f"~{row['time']}"} if "time" in row else {}
+        stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}
     return Plan(
         [(step.name, step.why) for step in build_steps(recipe)],
         stages,
@@ -67,14 +76,18 @@ def _loss(recipe: Recipe) -> str:
 
 
 def _teacher(recipe: Recipe) -> str:
-    passes = teacher_passes(recipe)
-    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
-    cached = mode == "cached" or (mode == "auto" and passes > 1 and not on_policy)
-    rounds = f"{passes:.3g} passes over the samples"
+    cached, on_policy = _is_cached(recipe), recipe.on_policy.share > 0
+    rounds = f"{teacher_passes(recipe):.3g} passes over the samples"
     teacher = f"runs once, its hidden states serve all {rounds}" if cached else f"runs at every step, {rounds}"
     if on_policy and cached:
         teacher += ", and again for responses that the student samples"
     return teacher
+
+
+def _is_cached(recipe: Recipe) -> bool:
+    """What is planned; a disk without room may decide against it later."""
+    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
+    return mode == "cached" or (mode == "auto" and teacher_passes(recipe) > 1 and not on_policy)
 
 
 @contextlib.contextmanager

@@ -280,8 +280,9 @@ def test_dry_run_prints_the_stages_and_writes_nothing(recipe: Path, tmp_path: Pa
     assert "38 training samples" in result.output
     assert "runs once" in result.output
     rows = [line.split() for line in result.output.splitlines()]
-    assert ["0", "0", "19", "1", "3", "1", "0.7", "-", "0.0001"] in rows
-    assert ["1", "0-1", "38", "1", "5", "2", "1", "-", "0.0001"] in rows
+    assert ["stage", "subsets", "samples", "epochs", "steps", "T", "kd_ratio", "skew", "learning_rate", "time"] in rows
+    assert ["0", "0", "19", "1", "3", "1", "0.7", "-", "0.0001", "~0.0", "min"] in rows
+    assert ["1", "0-1", "38", "1", "5", "2", "1", "-", "0.0001", "~0.0", "min"] in rows
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,95 @@
+"""How long training may take, guessed before any weight is loaded: the flops of a step over this machine's speed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from pocl.embedded import EMBEDDED, teacher_folder
+from pocl.recipe import Recipe
+from pocl.recipe.sections import StudentSection, TeacherSection
+
+CHARACTERS_PER_TOKEN = 4.0  # of English in the usual vocabularies
+EFFICIENCY = 0.5  # of a training step against one large matrix product
+
+
+def seconds_per_step(recipe: Recipe, texts: Iterable[str], *, cached: bool) -> float | None:
+    """Seconds of one optimizer step of one process, without evaluations and sampled responses; a guess, within some 3x.
+
+    A token costs 6 flops for each parameter of the student, and 2 for each of an online teacher.
+
+    Args:
+        recipe: what is planned.
+        texts: prompt and response of some samples, for their mean length.
+        cached: whether the teacher's hidden states come from a cache.
+
+    Returns:
+        None where a model's configuration is not on this machine, or no text is.
+    """
+    lengths = [min(len(text) / CHARACTERS_PER_TOKEN, recipe.data.max_length) for text in texts]
+    student, teacher = num_parameters(recipe, student=True), num_parameters(recipe, student=False)
+    if not lengths or student is None or teacher is None:
+        return None
+    rows = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    tokens = rows * sum(lengths) / len(lengths)
+    return tokens * (6 * student + (0 if cached else 2 * teacher)) / (EFFICIENCY * flops_per_second(recipe))
+
+
+def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
+    """Parameters by the model's configuration alone; None where that is not on this machine."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    section: TeacherSection | StudentSection = recipe.teacher
+    if student and recipe.student.model:
+        section = recipe.student
+    with contextlib.suppress(Exception):  # a plan is possible without, whatever a configuration holds
+        config = _configuration(section)
+        if student and recipe.student.cut:
+            config = _shortened(config, recipe.student.cut)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+        return sum(parameter.numel() for parameter in model.parameters())
+    return None
+
+
+def _configuration(section: TeacherSection | StudentSection) -> Any:
+    from transformers import AutoConfig
+
+    source = section.model
+    if source == EMBEDDED:
+
+        def not_now(text: str) -> None:
+            raise LookupError(text)
+
+        source = str(teacher_folder(on_convert=not_now))
+    return AutoConfig.from_pretrained(
+        source, revision=section.revision, trust_remote_code=section.trust_remote_code, local_files_only=True
+    )
+
+
+def _shortened(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.num_hidden_layers = layers
+    return config
+
+
+def flops_per_second(recipe: Recipe, size: int | None = None) -> float:
+    """Of a square matrix product in the recipe's precision, on the device that trains; takes about 0.1 s."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    size = size or (1024 if device.type == "cpu" else 8192)
+    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, recipe.training.precision))
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # the number makes the host wait for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
