@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 _TEXT = """
@@ -35,11 +36,13 @@ def distillation_section(trainer: Any) -> str:
         for stage, line in sorted(last.items())
     ]
     rows.insert(1, ["---"] * len(rows[0]))
+    # without evaluations there is no best checkpoint, and stages start from the last weights
+    curriculum = trainer.curriculum if args.load_best_model_at_end else replace(trainer.curriculum, start="last")
     return _TEXT.format(
         divergence=", ".join(dict.fromkeys(map(repr, trainer.divergences))),
         squared=", multiplied by the squared temperature" if args.scale_by_temperature else "",
         batch_size=trainer.batch_size,
         on_policy=f", {args.on_policy:.0%} of them with responses of the student's own" if args.on_policy else "",
-        table=trainer.curriculum.describe(trainer.subsets, trainer.batch_size, args.learning_rate),
+        table=curriculum.describe(trainer.subsets, trainer.batch_size, args.learning_rate),
         results="\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n",
     )

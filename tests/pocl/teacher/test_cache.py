@@ -74,6 +74,8 @@ def test_samples_are_found_by_content_and_stored_once(tmp_path: Path, online: An
     cache = build(tmp_path / "c", online, twice)
     assert cache.num_tokens == sum(len(row["labels"]) - 2 for row in rows)
     assert torch.equal(cache.rows(twice[30:33]), cache.rows(rows[:3]))
+    relabelled = [{**rows[0], "labels": [-100, *rows[0]["labels"][:1], -100, *rows[0]["labels"][3:]]}]
+    assert not cache.contains(relabelled)
     other = [{**rows[0], "input_ids": [9, *rows[0]["input_ids"][1:]]}]
     with pytest.raises(ValueError, match=r"another data set.*1 of 1 samples are not in it \(sample_id 0\)"):
         cache.rows(other)

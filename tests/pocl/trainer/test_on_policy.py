@@ -87,6 +87,11 @@ def test_the_temperature_of_sampling_is_the_one_asked_for(student, rows) -> None
     )
 
 
+def test_no_token_is_left_out_of_sampling(student, rows) -> None:
+    made = rows_of(sampler(temperature=1e6, max_new_tokens=1).replace(student, Collator(0)(rows[:1] * 900), 0, 0, 0))
+    assert {row["input_ids"][-1] for row in made} == set(range(student.config.vocab_size))
+
+
 def test_the_share_of_replaced_batches_is_the_probability(student, rows) -> None:
     half = sampler(probability=0.5, max_new_tokens=1)
     batch = Collator(0)(rows[:1])

@@ -98,6 +98,8 @@ def test_a_stage_starts_from_the_best_or_the_last_weights(start: str, trainer_of
     trainer.train()
     assert equal(seen["begin"], seen["after 2" if start == "best" else "after 4"])
     assert not equal(seen["after 2"], seen["after 4"])
+    trainer.create_model_card()
+    assert f"each stage starts from the {start} weights" in (Path(trainer.args.output_dir) / "README.md").read_text()
 
 
 def test_metrics_that_should_fall_are_not_taken_for_rising_ones(config) -> None:
@@ -201,6 +203,7 @@ def test_the_model_card_tells_loss_stages_and_figures(trainer_of) -> None:
     card = (Path(trainer.args.output_dir) / "README.md").read_text()
     assert "SkewReverseKL(skew=0.1)" in card
     assert "0-1       22       1      6            2         1" in card
+    assert "each stage starts from the last weights" in card  # there were no evaluations to choose the best by
     assert "| 1 | 10 |" in card
 
 
