@@ -137,12 +137,14 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     rows = concatenate_datasets([context.rows(split) for split in splits])
     dtype = getattr(torch, section.dtype) if section.dtype else teacher.dtype
     size = HiddenStateCache.estimate_bytes(rows, teacher.config.get_text_config().hidden_size, dtype)
+    why = ""
     if section.mode == "auto":
         free = shutil.disk_usage(context.path).free
         on_policy = context.recipe.on_policy.share > 0
         choice = choose_teacher(teacher_passes(context.recipe), size, free, on_policy=on_policy)
+        why = f"{choice.reason[:1].upper()}{choice.reason[1:]}."
         if not choice.cached:
-            return {"cached": False, "note": f"{choice.reason[:1].upper()}{choice.reason[1:]}."}
+            return {"cached": False, "note": why}
     cache = HiddenStateCache.build(
         context.path / "teacher-cache",
         OnlineTeacher(teacher),
@@ -154,5 +156,5 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     )
     return {
         "cached": True,
-        "note": f"{cache.num_tokens} answer tokens in {size / 1e6:.1f} MB; exact at every temperature.",
+        "note": f"{why} {cache.num_tokens} answer tokens in {size / 1e6:.1f} MB; exact at every temperature.".lstrip(),
     }

@@ -22,7 +22,7 @@ def choose_teacher(passes: float, cache_bytes: int, free_bytes: int, on_policy: 
         free_bytes: space on the disk that would hold it.
         on_policy: whether responses are sampled from the student while it trains.
     """
-    size, free = f"{cache_bytes / 1e9:.2f} GB", f"{free_bytes / 1e9:.2f} GB"
+    size, free = _readable(cache_bytes), _readable(free_bytes)
     if on_policy:
         return TeacherChoice(False, "online: responses sampled while training cannot be stored beforehand")
     if passes <= 1:
@@ -33,3 +33,7 @@ def choose_teacher(passes: float, cache_bytes: int, free_bytes: int, on_policy: 
         return TeacherChoice(False, f"online: the cache would take {size}, and {free} are free")
     saved = passes - 1
     return TeacherChoice(True, f"cached: {size} on disk and one pass of the teacher replace {saved:g} further passes")
+
+
+def _readable(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

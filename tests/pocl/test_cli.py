@@ -103,6 +103,7 @@ def test_the_output_explains_each_step_and_ends_with_table_and_paths(finished: P
     text = (finished / "output.txt").read_text()
     assert all(f"[{number}/{len(STEPS)}] {name}" in text for number, name in enumerate(STEPS, start=1))
     assert "after the stages" in text
+    assert "on disk and one pass of the teacher replace 1.5 further passes. " in text  # why the teacher is cached
     assert f"Student:  {finished / 'run' / 'student'}" in text
     assert f"Report:   {finished / 'run' / 'report' / 'index.html'}" in text
 
