@@ -120,9 +120,10 @@ def test_the_learning_rate_restarts_or_spans_all_stages(trainer_of, tmp_path) ->
     first = [cosine(step, 8) for step in range(8)]
     assert rates("restart") == pytest.approx(first + [cosine(step, 12) for step in range(12)])
     assert rates("continuous", schedule="continuous") == pytest.approx([cosine(step, 20) for step in range(20)])
-    own = rates("own", learning_rate=[1e-3, 1e-4])
-    assert own[0] == pytest.approx(1e-3)
-    assert own[8] == pytest.approx(1e-4)
+    for optimizer in ("fresh", "carried"):
+        own = rates(optimizer, learning_rate=[1e-3, 1e-4], optimizer=optimizer)
+        assert own[0] == pytest.approx(1e-3)
+        assert own[8] == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["fresh", "carried"])
