@@ -153,7 +153,7 @@ def test_a_timed_run_follows_an_untimed_run_of_the_same_function() -> None:
 def test_sizes_that_are_not_given_have_defaults() -> None:
     assert parse(["--vocab", "151936", "--tokens", "4096"]).shapes == ((4096, 151936, 576, 576),)
     assert parse([]).shapes == SHAPES
-    assert parse(["--sweep"]).shapes == SWEEP
+    assert parse(["--sweep", "--peers", "authors"]).shapes == SWEEP
 
 
 @pytest.mark.parametrize(

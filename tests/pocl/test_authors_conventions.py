@@ -167,7 +167,7 @@ def test_the_plan_is_the_papers_without_weights_data_or_network(
     assert [row["samples"] for row in made.stages] == ["2,832", "5,664", "8,496", "11,328"]
     # The authors' logs have 352, 712, 1064 and 1416.
     assert [row["steps"] for row in made.stages] == ["360", "712", "1,064", "1,416"]
-    assert [row["temperature"] for row in made.stages] == ["1", "1.33", "1.67", "2"]
+    assert [row["T"] for row in made.stages] == ["1", "1.33", "1.67", "2"]
     assert [row["kd_ratio"] for row in made.stages] == ["0.7", "0.8", "0.9", "1"]
     assert {row["learning_rate"] for row in made.stages} == {"0.0001"}
     assert "20 passes" in made.teacher

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from pocl.difficulty.processes import Processes
 from pocl.pipeline.engine import Step, duration, fingerprints, run_steps
 from pocl.run_folder import RunFolder, RunFolderError, content_fingerprint, differences, fingerprint, write_text
 
@@ -39,7 +40,8 @@ class Log:
 
     def go(self, *, change: bool = False, **settings: int) -> list[str]:
         self.ran.clear()
-        run_steps(self.steps(**settings), self, RunFolder(self.folder, change=change), self)  # type: ignore[arg-type]
+        folder = RunFolder(self.folder, change=change)
+        run_steps(self.steps(**settings), self, folder, self, Processes.current())  # type: ignore[arg-type]
         return list(self.ran)
 
 
