@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ def _loss(recipe: Recipe) -> str:
 
 def _teacher(recipe: Recipe) -> str:
     cached, on_policy = _is_cached(recipe), recipe.on_policy.share > 0
-    rounds = f"{teacher_passes(recipe):.3g} passes over the samples"
+    passes = teacher_passes(recipe)
+    rounds = f"{passes:.3g} passes over the samples" if math.isfinite(passes) else "steps of all stages"
     teacher = f"runs once, its hidden states serve all {rounds}" if cached else f"runs at every step, {rounds}"
     if on_policy and cached:
         teacher += ", and again for responses that the student samples"

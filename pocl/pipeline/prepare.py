@@ -141,7 +141,9 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     if section.mode == "auto":
         free = shutil.disk_usage(context.path).free
         on_policy = context.recipe.on_policy.share > 0
-        choice = choose_teacher(teacher_passes(context.recipe), size, free, on_policy=on_policy)
+        choice = choose_teacher(
+            teacher_passes(context.recipe, len(context.rows("train"))), size, free, on_policy=on_policy
+        )
         why = f"{choice.reason[:1].upper()}{choice.reason[1:]}."
         if not choice.cached:
             return {"cached": False, "note": why}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocl.curriculum import Curriculum, Stage, per_stage
+from pocl.curriculum import Curriculum, Ramp, Stage, per_stage
 from pocl.pipeline.context import Context, read_parquet, write_parquet
 from pocl.recipe import Recipe
 from pocl.run_folder import write_text
@@ -37,16 +38,17 @@ def curriculum_of(recipe: Recipe) -> Curriculum:
             num_subsets=section.num_stages,
             skew=section.skew[0] if is_skewed(recipe) else None,
             learning_rate=section.learning_rate[0],
+            max_steps=section.max_steps[0] if section.max_steps else None,
             patience=section.patience,
         )
     count = section.num_stages
     options: dict[str, Any] = {
-        name: per_stage(name, _unpacked(getattr(section, name)), count)
-        for name in ("temperature", "kd_ratio", "learning_rate")
+        name: _spread(recipe, name)
+        for name in ("temperature", "kd_ratio", "learning_rate", *(["skew"] if is_skewed(recipe) else []))
     }
-    if is_skewed(recipe):
-        options["skew"] = per_stage("skew", _unpacked(section.skew), count)
     options["epochs"] = section.epochs if len(section.epochs) > 1 else section.epochs[0]
+    if section.max_steps:
+        options["max_steps"] = section.max_steps if len(section.max_steps) > 1 else section.max_steps[0]
     for name in ("patience", "start", "optimizer", "schedule"):
         options[name] = getattr(section, name)
     if section.kind == "shuffled":
@@ -55,8 +57,13 @@ def curriculum_of(recipe: Recipe) -> Curriculum:
     return made
 
 
-def _unpacked(values: Sequence[float]) -> float | Sequence[float]:
-    return values[0] if len(values) == 1 else values
+def _spread(recipe: Recipe, name: str) -> tuple[float, ...]:
+    """A schedule of the recipe, one number a stage."""
+    section = recipe.curriculum
+    values: tuple[float, ...] = getattr(section, name)
+    if len(values) == 2 and section.num_stages != 2:
+        return per_stage(name, Ramp(*values, section.spacing), section.num_stages)
+    return per_stage(name, values[0] if len(values) == 1 else values, section.num_stages)
 
 
 def is_skewed(recipe: Recipe) -> bool:
@@ -64,10 +71,19 @@ def is_skewed(recipe: Recipe) -> bool:
     return recipe.loss.divergence in ("skew_fkl", "skew_rkl")
 
 
-def teacher_passes(recipe: Recipe) -> float:
-    """How many times warm-up and stages send the average sample through an online teacher."""
-    # subsets are of equal size but for a remainder, which does not matter here
-    return recipe.warmup.epochs + curriculum_of(recipe).passes(range(recipe.curriculum.num_stages))
+def teacher_passes(recipe: Recipe, num_samples: int | None = None) -> float:
+    """How many times warm-up and stages send the average sample through an online teacher.
+
+    Stages that count steps need the number of samples; without it, and without `data.num_train`, it is infinite.
+    """
+    curriculum = curriculum_of(recipe)
+    if recipe.curriculum.max_steps is None:
+        # subsets are of equal size but for a remainder, which does not matter here
+        return recipe.warmup.epochs + curriculum.passes(range(recipe.curriculum.num_stages))
+    count = num_samples or recipe.data.num_train
+    steps = sum(stage.max_steps or 0 for stage in curriculum.stages)
+    rows = steps * recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    return recipe.warmup.epochs + (rows / count if count else math.inf)
 
 
 def divergence_of(recipe: Recipe) -> Divergence:
@@ -97,7 +113,13 @@ def teacher_for_training(context: Context, *, on_policy: bool = False) -> Teache
     if not context.summaries.get("teacher-cache", {}).get("cached"):
         return OnlineTeacher(context.teacher())
     fallback = OnlineTeacher(context.teacher()) if on_policy else None
-    return HiddenStateCache.open(context.path / "teacher-cache", fallback=fallback)
+    return HiddenStateCache.open(
+        context.path / "teacher-cache",
+        tokenizer=context.tokenizer(),
+        template=context.recipe.data.template,
+        dataset=context.rows("train"),
+        fallback=fallback,
+    )
 
 
 def warm_up(context: Context) -> Mapping[str, Any]:
@@ -243,6 +265,7 @@ def _trainer(
         logging_steps=1 if len(rows) < 5000 else 10,
         eval_strategy="epoch" if evaluates else "no",
         save_strategy="epoch",
+        report_to=list(training.report_to) or "none",
         load_best_model_at_end=evaluates and curriculum.start == "best",
         metric_for_best_model=training.metric if evaluates else None,
         greater_is_better=training.metric == "rouge_l" if evaluates else None,

@@ -200,6 +200,8 @@ class CurriculumSection(Section):
     """Stages, and equal parts that the ranked samples are cut into."""
     epochs: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (8,)
     """Passes over its samples in each stage; one number, or one for each stage."""
+    max_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | None = None
+    """Optimizer steps of each stage, in place of `epochs`; one number, or one for each stage."""
     temperature: PositiveSchedule = (1.0, 2.0)
     """Of both softmaxes; one number, a pair, or one for each stage."""
     kd_ratio: FractionSchedule = (0.7, 1.0)
@@ -208,6 +210,8 @@ class CurriculumSection(Section):
     """Mixture weight of the skewed divergences; one number, a pair, or one for each stage."""
     learning_rate: PositiveSchedule = (1e-4,)
     """Peak, reached at each stage's start; one number, a pair, or one for each stage."""
+    spacing: Literal["linear", "geometric"] = "linear"
+    """How a pair becomes one number a stage: in equal steps or in equal factors."""
     patience: PositiveInt | None = None
     """End a stage after this many evaluations (one an epoch) without improvement. Empty: all epochs."""
     start: Literal["best", "last"] = "best"
@@ -220,7 +224,9 @@ class CurriculumSection(Section):
     @model_validator(mode="after")
     def _schedules_fit(self) -> CurriculumSection:
         pairs = ("temperature", "kd_ratio", "skew", "learning_rate")
-        for name in (*pairs, "epochs"):
+        for name in (*pairs, "epochs", "max_steps"):
+            if getattr(self, name) is None:
+                continue
             count = len(getattr(self, name))
             allowed = {1, self.num_stages} | ({2} if name in pairs else set())
             if count not in allowed:
@@ -230,6 +236,8 @@ class CurriculumSection(Section):
                 )
             if self.kind == "constant" and count > 1:
                 raise ValueError(f"kind = 'constant' has a single stage: give {name} as one number, got {count}")
+            if self.spacing == "geometric" and name in pairs and count == 2 and 0 in getattr(self, name):
+                raise ValueError(f"spacing = 'geometric' needs {name} above 0 at both ends, got {getattr(self, name)}")
         return self
 
 
@@ -283,6 +291,8 @@ class TrainingSection(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     metric: Literal["rouge_l", "loss"] = "rouge_l"
     """What `best` means on the validation samples: the answers' ROUGE-L (the paper) or the loss, which is cheaper."""
+    report_to: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Where transformers also reports what is logged, such as tensorboard or wandb; the run's log is kept anyway."""
 
 
 class TeacherCacheSection(Section):

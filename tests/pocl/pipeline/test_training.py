@@ -1,5 +1,6 @@
 """From a recipe to the curriculum, the divergence and the number of teacher passes."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,23 @@ def test_plain_distillation_makes_as_many_passes_as_the_stages() -> None:
 
 def test_the_warm_up_counts_as_teacher_passes() -> None:
     assert teacher_passes(recipe("--warmup.epochs", "2")) == 22
+
+
+def test_stages_may_count_steps() -> None:
+    counted = recipe("--curriculum.max_steps", "[5, 10, 15, 20]", "--training.batch_size", "4")
+    assert [stage.max_steps for stage in curriculum_of(counted).stages] == [5, 10, 15, 20]
+    assert teacher_passes(counted, 100) == 2
+    assert teacher_passes(counted) == math.inf
+    words = ["--curriculum.kind", "constant", "--curriculum.temperature", "2", "--curriculum.kd_ratio", "1"]
+    plain = recipe(*words, "--curriculum.max_steps", "50")
+    assert [stage.max_steps for stage in curriculum_of(plain).stages] == [50]
+
+
+def test_pairs_may_be_spread_in_equal_factors() -> None:
+    words = ["--curriculum.spacing", "geometric", "--curriculum.temperature", "[1, 8]", "--curriculum.kd_ratio", "0.5"]
+    assert [stage.temperature for stage in curriculum_of(recipe(*words)).stages] == pytest.approx([1, 2, 4, 8])
+    with pytest.raises(ValueError, match="needs kd_ratio above 0"):
+        recipe(*words[:2], "--curriculum.kd_ratio", "[0, 1]")
 
 
 @pytest.mark.parametrize(
