@@ -203,9 +203,20 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+# Endings of configuration keys that say where a model came from, or how it is used.
+_NO_ARITHMETIC = ("_token_id", "name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map",
+                  "id2label", "label2id", "output_hidden_states", "output_attentions", "return_dict")  # fmt: skip
+
+
 def model_fingerprint(model: Any) -> str:
-    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, and of the class."""
+    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, of class and settings.
+
+    Settings are those of the configuration that may change what the same weights compute, such as `rope_theta`.
+    """
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    settings = {key: value for key, value in config.items() if not key.endswith(_NO_ARITHMETIC)}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         chosen = flat[:: max(1, flat.numel() // 16384)][:16384].to("cpu", torch.float32)

@@ -13,7 +13,7 @@ import torch
 from pocl.data import Collator
 from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
 from pocl.teacher import cache as cache_module
-from pocl.teacher.store import Store, plan_shards
+from pocl.teacher.store import Store, model_fingerprint, plan_shards
 from pocl.trainer.loading import PackedCollator
 
 
@@ -229,3 +229,15 @@ def test_the_choice_follows_passes_disk_and_policy_and_says_why() -> None:
     ):
         assert not choice.cached
         assert choice.reason.startswith("online: ")
+
+
+def test_a_model_is_known_by_its_weights_and_by_what_it_computes_with_them(make_tiny_model: Callable[..., Any]) -> None:
+    model = make_tiny_model(seed=1)
+    mark = model_fingerprint(model)
+    model.config.pad_token_id = 7  # as a tokenizer without padding makes people do
+    model.config._name_or_path = "elsewhere"
+    assert model_fingerprint(model) == mark
+    model.config.rms_norm_eps = 0.5
+    assert model_fingerprint(model) != mark
+    other = make_tiny_model(seed=2)
+    assert model_fingerprint(other) != mark
