@@ -204,8 +204,20 @@ def checksum(path: Path) -> str:
 
 
 # Endings of configuration keys that say where a model came from, or how it is used.
-_NO_ARITHMETIC = ("_token_id", "name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "auto_map",
-                  "id2label", "label2id", "output_hidden_states", "output_attentions", "return_dict")  # fmt: skip
+_NO_ARITHMETIC = (
+    "_token_id",
+    "name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "use_cache",
+    "auto_map",
+    "id2label",
+    "label2id",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+)
 
 
 def model_fingerprint(model: Any) -> str:
