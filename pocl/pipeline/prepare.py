@@ -33,7 +33,12 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
         student = context.load_student(context.student_source())
         check_vocabularies(tokenizer, teacher_tokenizer(context))
     of_student, of_teacher = (model.config.get_text_config() for model in (student, teacher))
-    check_vocabularies(of_student.vocab_size, of_teacher.vocab_size)
+    rows = check_vocabularies(of_student.vocab_size, of_teacher.vocab_size)
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise ValueError(
+            f"tokenizer: it has token ids up to {largest}, the models embed {rows}; take the tokenizer that the models "
+            "were trained with, or resize their embeddings"
+        )
     sizes = {"teacher": num_parameters(teacher), "student": num_parameters(student)}
     layers = f"{of_student.num_hidden_layers} of {of_teacher.num_hidden_layers} layers"
     return {

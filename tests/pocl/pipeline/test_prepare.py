@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from pocl.pipeline.context import Context, read_parquet, source_fingerprint, write_parquet
-from pocl.pipeline.prepare import split_examples, teacher_tokenizer
+from pocl.pipeline.prepare import prepare_models, split_examples, teacher_tokenizer
 from pocl.recipe import build_recipe
 
 
@@ -83,3 +83,12 @@ def test_the_teachers_tokenizer_is_of_the_revision_of_its_weights(
         ("some/teacher", {"revision": "abc", "trust_remote_code": False}),
         (str(tmp_path), {"trust_remote_code": False}),
     ]
+
+
+def test_a_tokenizer_with_more_ids_than_the_models_embed_is_refused(tmp_path: Path, tiny_teacher_folder: Path) -> None:
+    values = {"student": {"cut": 1}, "teacher": str(tiny_teacher_folder), "output": str(tmp_path)}
+    context = Context(build_recipe(values), tmp_path, Console(quiet=True))
+    prepare_models(context)
+    context.tokenizer().add_tokens([f"new{i}" for i in range(2000)])
+    with pytest.raises(ValueError, match="token ids up to"):
+        prepare_models(context)

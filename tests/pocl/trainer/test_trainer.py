@@ -147,6 +147,19 @@ def test_a_model_that_mixes_packed_rows_is_padded_or_refused(teacher, config, ro
     assert isinstance(make(teacher.model, teacher, config(), rows, curriculum=curriculum).data_collator, PackedCollator)
 
 
+def test_a_student_whose_logits_are_not_its_heads_is_refused(student, teacher, config, rows, monkeypatch) -> None:
+    forward = type(student).forward
+
+    def shifted(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 2  # as a scale that we do not know would
+        return output
+
+    monkeypatch.setattr(type(student), "forward", shifted)
+    with pytest.raises(ValueError, match="logits"):
+        make(student, teacher, config(), rows, curriculum=Curriculum.constant(num_subsets=1))
+
+
 def test_stages_train_on_their_subsets_once_an_epoch(student, teacher, config, rows, subsets) -> None:
     trainer = make(student, teacher, config(), rows, subsets=subsets, curriculum=Curriculum.baby_step(3, epochs=1))
     for stage in trainer.curriculum.stages:
