@@ -187,6 +187,9 @@ EXACTNESS = Group(
             "relative norm error of loss, dh and dW against float64, float32, unrelated models, the worst",
             "<= 2e-6",
             part("unrelated", worst_error(2e-6, ("loss", "hidden", "weight"))),
+            shortfall="by `tvd` alone, whose slope is a sign: where both models give a token the same probability to "
+            "the last digits, the rounding of the float32 logits decides it. One such token with a large probability "
+            "puts the gradient off by 1e-5 to 4e-4, in plain float32 PyTorch as well; without one the error is 2e-6.",
         ),
         Target("student at KL 1e-4 from the teacher: loss", "<= 1e-5", part("near", worst_error(1e-5, ("loss",)))),
         Target(
