@@ -33,7 +33,7 @@ from pocl.difficulty.store import MemoryStore, ShardStore, add_ids
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
 from pocl.generation.settings import text_config
 from pocl.rouge import rouge_l
-from pocl.teacher.store import model_fingerprint, tokenizer_fingerprint
+from pocl.teacher.store import tokenizer_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -229,7 +229,7 @@ def _identity(model: nn.Module) -> dict[str, Any]:
     """A hash of the weights, and the configuration that decides how they are used (positions, windows, caps)."""
     config = json.loads(text_config(model).to_json_string(use_diff=False))
     return {
-        "weights": model_fingerprint(model),
+        "weights": weights_fingerprint(model),
         "config": {name: value for name, value in config.items() if name not in _INCIDENTAL},
     }
 

@@ -221,14 +221,16 @@ _NO_ARITHMETIC = (
 
 
 def model_fingerprint(model: Any) -> str:
-    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, of class and settings.
-
-    Settings are those of the configuration that may change what the same weights compute, such as `rope_theta`.
-    """
-    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
+    """A hash of the weights, and of the settings that may change what they compute, such as `rope_theta`."""
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
     settings = {key: value for key, value in config.items() if not key.endswith(_NO_ARITHMETIC)}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    content = weights_fingerprint(model) + json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def weights_fingerprint(model: Any) -> str:
+    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, and of the class."""
+    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         chosen = flat[:: max(1, flat.numel() // 16384)][:16384].to("cpu", torch.float32)
