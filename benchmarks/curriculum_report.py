@@ -97,7 +97,7 @@ def picture(results: dict[Key, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(LOSSES) + 1, figsize=(16, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(LOSSES) + 1, figsize=(16, 4.6), layout="constrained")
     colours = dict(zip(ARMS, ("black", *pyplot.get_cmap("tab10").colors), strict=False))  # type: ignore[attr-defined]
     for axis, loss in zip(axes, LOSSES, strict=False):
         for arm in ARMS:
@@ -108,8 +108,8 @@ def picture(results: dict[Key, dict[str, Any]], path: Path) -> None:
                 style = {"linewidth": 2.2} if arm in ("plain", "pocl") else {"linewidth": 1.1, "alpha": 0.8}
                 axis.plot(steps, means, color=colours[arm], label=NAMES[arm], marker=".", **style)  # type: ignore[arg-type]
         axis.set(title=loss, xlabel="optimizer steps")
-    axes[0].set_ylabel("KL to the teacher on validation samples, nats per token")
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel("KL on validation samples, nats per token")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
     axis = axes[-1]
     for place, arm in enumerate(ARMS[1:]):
         values = differences(results, arm, "kl_to_teacher", LOSSES)
@@ -120,7 +120,7 @@ def picture(results: dict[Key, dict[str, Any]], path: Path) -> None:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(ARMS) - 1), [NAMES[arm] for arm in ARMS[1:]])
     axis.invert_yaxis()
-    axis.set(title="KL on test samples, minus plain KD", xlabel="nats per token; left is better")
+    axis.set(title="test KL minus plain KD", xlabel="nats per token; left is better")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
