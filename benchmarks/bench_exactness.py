@@ -13,8 +13,6 @@ The inputs are those of the kernel tests (`tests/kernels/cases.py`): logits with
 """
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import math
 import statistics
@@ -24,7 +22,7 @@ from typing import Any
 import torch
 
 import pocl_kernels
-from benchmarks.measure import machine, peak_bytes, save_results
+from benchmarks.measure import give_back_freed_memory, machine, peak_bytes, save_results
 from tests.kernels.cases import NAMES, Case, Solution, make_case, oracle, pytorch, solve
 
 PARTS = ("unrelated", "near", "bf16", "scratch")
@@ -32,7 +30,6 @@ VOCABULARY, ROWS, HIDDEN = 49152, 64, (576, 576)
 SEEDS = range(3)
 QUANTITIES = ("loss", "hidden", "weight")
 REPEATS = 3
-M_MMAP_THRESHOLD = -3  # of malloc.h
 TOKENS, LARGE_VOCABULARY = (512, 2048, 8192), 151936
 
 
@@ -74,8 +71,7 @@ def pooled(errors: list[dict[str, float]], quantity: str) -> float:
 def scratch() -> dict[str, Any]:
     """MiB beyond inputs and gradients by memory mode and number of rows; the hidden size is small to leave room."""
     out: dict[str, Any] = {}
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps holes of tens of MB for blocks like the last ones
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    give_back_freed_memory()
     for memory in ("fast", "low"):
         for tokens in TOKENS:
             size = 32

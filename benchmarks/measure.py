@@ -98,6 +98,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def give_back_freed_memory() -> None:
+    """For the rest of the process: blocks of a MB and more are the kernel's again when they are freed (glibc).
+
+    Left alone, glibc keeps holes of tens of MB for blocks like the last ones, and peaks are the holes' as much as ours.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD of malloc.h
+
+
 def peak_bytes(function: Callable[[], Any]) -> int | None:
     """Largest memory above the present while `function` runs: of the GPU, else of the process (Linux), else None."""
     if torch.cuda.is_available():
