@@ -2,8 +2,9 @@
 
 import os
 
-# Before torch, transformers or a Triton kernel is imported, here and in the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch, transformers or a Triton kernel is imported, here and in the processes that tests start. One thread
+# whatever the shell says: a forked child of a process that has computed with more waits for threads it does not have.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -31,7 +32,7 @@ settings.register_profile(
     "pocl", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("pocl")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 
 VOCABULARY = 1_000
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<unk>")
