@@ -238,14 +238,14 @@ def headlines(subjects: Hardware) -> list[str]:
     difficulty, training = subjects.get("difficulty", {}), subjects.get("training", {})
     if "score" in difficulty:
         text = times_as_fast("authors", 3.0)(difficulty["score"].values)[0].text
-        lines.append(f"- Ranking (cross-entropy, answers, ROUGE-L), times the speed of the authors' procedure: {text}.")
+        lines.append(f"- Ranking (cross-entropy, answers, ROUGE-L), against the authors' procedure: {text}.")
     else:
         lines.append("- Ranking against the authors' procedure: not measured on this hardware.")
     variants = list(training.values())[-1].values["variants"] if training else {}
     if {"cached", "authors"} <= variants.keys():
         text = step_time("cached", "authors", 0.2)(variants)[0].text
         lines.append(
-            f"- A training step with the teacher's stored hidden states, of the time of the authors' loop: {text}."
+            f"- A training step with the teacher's stored hidden states, as a share of the authors' time: {text}."
         )
     else:
         lines.append("- A training step against the authors' loop: not measured on this hardware.")
