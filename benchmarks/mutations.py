@@ -60,7 +60,7 @@ MUTATIONS = (
     Mutation("no shift by the maximum", PRELUDE, "m == -INFINITY ? 0.0f : m;", "0.0f;",
              "exactness:peaked and compiled-fast-fkl"),
     Mutation("sum not rescaled to a new maximum", PRELUDE, "S *= exp((double)m - (double)bm);", "", FKL),
-    Mutation("maximum not tempered", PRELUDE, "bm *= inv_T;", "", FKL),
+    Mutation("maximum not tempered", PRELUDE, "bm *= inv_T;", "", "exactness:peaked and compiled-fast-fkl"),
     Mutation("off by one at the end of the vocabulary", PRELUDE,
              "end = b + BLOCK < V ? b + BLOCK : V;", "end = b + BLOCK < V ? b + BLOCK : V - 1;", FKL),
     Mutation("bias left out", PRELUDE, "z[j] += bias[j]", "z[j] += 0.0f", FKL),
@@ -73,7 +73,7 @@ MUTATIONS = (
              "inputs:masked_on_both_sides and compiled-fast-fkl"),
     Mutation("cross-entropy rows: label added", CE_ROWS, "x[labels[i]] -= ws", "x[labels[i]] += ws",
              "exactness:cross_entropy_alone and compiled-fast"),
-    Mutation("cross-entropy rows: softcap not in the gradient", CE_ROWS, "ws * (1.0f - xc * xc) *", "ws *",
+    Mutation("cross-entropy rows: softcap not in the gradient", CE_ROWS, "to_q * (1.0f - xc * xc) *", "to_q *",
              "exactness:cross_entropy_alone and compiled-fast"),
     # Eager rows
     Mutation("eager: student not tempered", "cpu/eager.py", "_log_softmax(z / plan.temperature", "_log_softmax(z",
@@ -95,7 +95,7 @@ MUTATIONS = (
     # Chunks, products, threads
     Mutation("mask by sign instead of by index", "cpu/backend.py", "labels != ignore_index", "labels >= 0",
              "laws:any_index and eager-fast"),
-    Mutation("every chunk overwrites dW", "cpu/backend.py", "        self._first = False", "        self._first = True",
+    Mutation("every chunk overwrites dW", "cpu/backend.py", "            if self._first:", "            if True:",
              "laws:chunk_size and eager-fast"),
     Mutation("stale dW where nothing was valid", "cpu/backend.py", "0 if self._first else self.V :", "self.V :",
              "inputs:without_valid_tokens and eager-fast"),

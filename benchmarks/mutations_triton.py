@@ -66,5 +66,5 @@ MUTATIONS = (
     Mutation("one uniform for all", "triton_backend/terms.py", "= uniforms[{i}]", "= uniforms[0]",
              LOSSES + "every_divergence and skew_fkl-fast"),
     Mutation("ignored rows count", "triton_backend/chunks.py", "labels != ignore_index", "labels >= ignore_index",
-             FAST),
+             LOSSES + "contents_of_ignored_rows and fast"),
 )  # fmt: skip

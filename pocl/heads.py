@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_kernels import Head
+from pocl_kernels.head import whole_tensor
 
 IGNORE_INDEX = -100
 
@@ -267,13 +268,9 @@ def _weight_and_bias(output: Any) -> tuple[Tensor, Tensor | None]:
     if modules_to_save is not None and getattr(output, "active_adapters", None):
         output = modules_to_save[output.active_adapters[0]]
     base = output.get_base_layer() if hasattr(output, "get_base_layer") else output
-    weight, bias = _whole(base.weight), _whole(getattr(base, "bias", None))
+    weight, bias = whole_tensor(base.weight), whole_tensor(getattr(base, "bias", None))
     if base is not output and hasattr(output, "get_delta_weight") and not getattr(output, "merged", False):
         for adapter in () if getattr(output, "disable_adapters", False) else output.active_adapters:
             if adapter in getattr(output, "lora_A", {}):
                 weight = weight + output.get_delta_weight(adapter)
     return weight, bias
-
-
-def _whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from pocl_kernels import operators
-from pocl_kernels.autograd import FusedLoss, Result
+from pocl_kernels.autograd import FusedLoss, Result, weighted_rows
 from pocl_kernels.divergences import Divergence, get_divergence
-from pocl_kernels.head import Head, as_head
+from pocl_kernels.head import Head, as_head, whole_tensor
 from pocl_kernels.output import DivergenceOutput
 
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
@@ -62,7 +63,8 @@ def fused_linear_divergence(
         labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``. Rows with ``ignore_index`` are dropped
             before any matrix product.
         ce_weight: share of the cross-entropy on the labels, in [0, 1].
-        token_weight: ``[...]`` factor on each token's loss; takes no gradient.
+        token_weight: ``[...]`` factor on each token's loss; takes no gradient. A token of weight 0 is left out like one
+            with ``ignore_index``, whatever its loss, but counts as valid.
         reduction: "mean" over valid tokens, "sum", or "none" for the shape of the tokens.
         normalizer: replaces the number of valid tokens under "mean": pass the count over the global batch, and the
             gradient does not depend on accumulation, padding or world size.
@@ -77,7 +79,7 @@ def fused_linear_divergence(
 
     Returns:
         :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states,
-        weight and bias, whichever require them, never to the teacher.
+        weight and bias, whichever require them, never to the teacher. They cannot be differentiated again.
 
     Raises:
         ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
@@ -96,17 +98,20 @@ def fused_linear_divergence(
 
     hidden, teacher = (
         student_hidden.reshape(-1, student_hidden.shape[-1]),
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
+        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
     )
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
-    teacher_weight, teacher_bias = teacher_head.weight.detach(), _detach(teacher_head.bias)
     scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
-    token, parameters, products = divergence.token, divergence.parameters(), _autocast_products(hidden.device)
+    token, products = divergence.token, _autocast_products(hidden.device)
+    numbers = _numbers([temperature, factor, ce_weight, *divergence.parameters()])
 
-    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None) -> Result:
+    def run(
+        h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
+        constants: Sequence[Any],
+    ) -> Result:  # fmt: skip
+        *teacher, labels, numbers = constants
         d, ce, entropy, dh, dw, db, state = operators.linear_divergence(
-            h, w, b, teacher, teacher_weight, teacher_bias, flat_labels, scale, token, parameters, float(temperature),
-            factor, float(ce_weight), ignore_index, scales, workspace_mb, wanted, backend,
+            h, w, b, *teacher, labels, scale, token, numbers, ignore_index, scales, workspace_mb, wanted, backend,
             group_name, mode, state, products,
         )  # fmt: skip
         # A part without weight must not enter: 0 * inf is not 0.
@@ -116,8 +121,9 @@ def fused_linear_divergence(
     now = mode == "fast" and torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
         loss, d, ce, entropy = FusedLoss.apply(
-            hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none"
-        )
+            hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none",
+            teacher, teacher_head.weight.detach(), _detach(teacher_head.bias), flat_labels, numbers,
+        )  # fmt: skip
     parts = [_reduce(x, row_scale, reduction) for x in (d, ce, entropy)]
     if reduction == "none":
         loss, *parts = (x.reshape(shape) for x in (loss, *parts))
@@ -149,14 +155,18 @@ def fused_linear_cross_entropy(
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
     mode = _memory_mode(reduction, memory, hidden, head.weight, workspace_mb, head.vocab_size)
     _check_backend(backend, hidden.device)
+    if labels is None:
+        raise ValueError("labels=None: a cross-entropy needs the labels, a tensor of token ids")
     flat_labels = _flat_labels(labels, hidden, ignore_index, head.vocab_size)
-    assert flat_labels is not None
     row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
     products = _autocast_products(hidden.device)
 
-    def run(h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None) -> Result:
+    def run(
+        h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
+        constants: Sequence[Any],
+    ) -> Result:  # fmt: skip
         ce, dh, dw, db, state = operators.linear_cross_entropy(
-            h, w, b, flat_labels, scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend,
+            h, w, b, constants[0], scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend,
             mode, state, products,
         )  # fmt: skip
         return Result(ce, (), (dh, dw, db), state)
@@ -164,7 +174,7 @@ def fused_linear_cross_entropy(
     now = mode == "fast" and torch.is_grad_enabled()
     flat = hidden.reshape(-1, hidden.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
-        (loss,) = FusedLoss.apply(flat, head.weight, head.bias, row_scale, run, now, reduction != "none")
+        (loss,) = FusedLoss.apply(flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels)
     return loss.reshape(shape) if reduction == "none" else loss
 
 
@@ -185,12 +195,12 @@ def shared_vocab_size(student: int, teacher: int) -> int:
 
 
 def _gathered(head: Head) -> Head:
-    """A head whose tensors are whole: FSDP2's DTensors are gathered once a call, and gradients return to the shards."""
+    """A head whose tensors are whole: DTensors (FSDP2) are gathered once a call.
 
-    def whole(x: Any) -> Any:
-        return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-    return dataclasses.replace(head, weight=whole(head.weight), bias=whole(head.bias))
+    Their gradients return to the shards as the mean over the processes, which is what DDP and FSDP make of it, and the
+    gradient itself where all processes see the same tokens.
+    """
+    return dataclasses.replace(head, weight=whole_tensor(head.weight), bias=whole_tensor(head.bias))
 
 
 def _check_models(
@@ -241,8 +251,13 @@ def _check_hidden(who: str, hidden: Tensor, head: Head) -> None:
         )
     if not (hidden.is_floating_point() and head.weight.is_floating_point()):
         raise ValueError(f"{name} is {hidden.dtype} and its head {head.weight.dtype}: both must be floating point")
-    if hidden.device != head.weight.device:
-        raise ValueError(f"{name} is on {hidden.device}, its head on {head.weight.device}: move them to one device")
+    for part, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {hidden.device}, its head's {part} on {tensor.device}: move both to one device"
+            )
+    if head.bias is not None and not head.bias.is_floating_point():
+        raise ValueError(f"the bias of the head of {name} is {head.bias.dtype}: it must be floating point")
 
 
 def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> float:
@@ -257,7 +272,7 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
         )
     if workspace_mb is None:
         return DEFAULT_WORKSPACE_MB["low" if memory == "low" else "fast"]
-    if not workspace_mb > 0:
+    if not (isinstance(workspace_mb, (int, float)) and 0 < workspace_mb < math.inf):
         raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
     return float(workspace_mb)
 
@@ -316,6 +331,8 @@ def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 def _flat_labels(labels: Tensor | None, hidden: Tensor, ignore_index: int, vocab_size: int | None) -> Tensor | None:
     if labels is None:
         return None
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels are a {type(labels).__name__}: they must be a tensor of token ids")
     shape = hidden.shape[:-1]
     if labels.shape != shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, the hidden states' leading shape is {tuple(shape)}")
@@ -354,6 +371,8 @@ def _row_scale(
         valid = labels != ignore_index
         count, scale = valid.sum(), valid.to(dtype)
     if token_weight is not None:
+        if not isinstance(token_weight, Tensor):
+            raise ValueError(f"token_weight is a {type(token_weight).__name__}: it must be a tensor of {tuple(shape)}")
         if token_weight.shape != shape:
             raise ValueError(f"token_weight has shape {tuple(token_weight.shape)}, expected {tuple(shape)}")
         _check_device("token_weight", token_weight, hidden)
@@ -362,17 +381,43 @@ def _row_scale(
         scale = torch.where(scale > 0, weight, scale)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'normalizer replaces the count under reduction="mean"; it has no meaning under "{reduction}"')
-    if isinstance(normalizer, (int, float)) and not normalizer > 0:
-        raise ValueError(f"normalizer={normalizer!r} must be positive: the number of valid tokens of the global batch")
+    if normalizer is not None:
+        normalizer = _checked_normalizer(normalizer, hidden)
     if reduction == "mean":
         # A batch without valid tokens has loss 0 and zero gradients.
         scale = torch.where(scale == 0, scale, scale / (count if normalizer is None else normalizer))
     return scale, count
 
 
+def _checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | Tensor:
+    """A positive number, or a tensor of one, which is 0 where no process has a valid token."""
+    if not isinstance(normalizer, Tensor):
+        if not (isinstance(normalizer, (int, float)) and normalizer > 0):
+            raise ValueError(f"normalizer={normalizer!r} must be a positive number: the global batch's valid tokens")
+        return normalizer
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: it must be one number")
+    normalizer = normalizer.detach().reshape(())
+    if normalizer.device.type != "cpu":
+        _check_device("normalizer", normalizer, hidden)
+    if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(normalizer >= 0, "normalizer must not be negative")  # checked without waiting for it
+    elif not normalizer >= 0:
+        raise ValueError(f"normalizer={normalizer.item()} must not be negative: the global batch's valid tokens")
+    return normalizer
+
+
 def _reduce(rows: Tensor, row_scale: Tensor, reduction: str) -> Tensor:
-    scaled = rows.detach() * row_scale
+    scaled = weighted_rows(rows.detach(), row_scale)
     return scaled if reduction == "none" else scaled.sum()
+
+
+def _numbers(values: Sequence[float]) -> Tensor:
+    """A float64 tensor on the CPU of what a schedule may change."""
+    if not torch.compiler.is_compiling():
+        return torch.tensor([float(x) for x in values], dtype=torch.float64)
+    # Of all ways to make a tensor of a number, only arithmetic keeps it a variable of the compiled graph.
+    return torch.stack([torch.zeros((), dtype=torch.float64) + x for x in values])
 
 
 def _detach(x: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# (hidden, weight, bias, row_scale, wanted, state) -> loss rows [N], other per-row results, gradients or empty tensors
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None], "Result"]
+# (hidden, weight, bias, row_scale, wanted, state, constants) -> loss rows, other per-row results, gradients, state
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
 
 
 class Result(NamedTuple):
@@ -39,27 +39,33 @@ class FusedLoss(torch.autograd.Function):
         run: Run,
         now: bool,
         total: bool,
+        *constants: Tensor | None,
     ) -> tuple[Tensor, ...]:
         wanted = list(ctx.needs_input_grad[:3])
-        result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False], None)
-        ctx.save_for_backward(hidden, weight, bias, row_scale, result.state)
+        result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False], None, constants)
+        # Saved, so that a change in place is noticed. A tensor of inference mode cannot be saved, nor changed.
+        compiling = torch.compiler.is_compiling()
+        frozen = [x is not None and not compiling and x.is_inference() for x in constants]
+        ctx.frozen = [x if f else None for x, f in zip(constants, frozen, strict=True)]
+        changeable = [None if f else x for x, f in zip(constants, frozen, strict=True)]
+        ctx.save_for_backward(hidden, weight, bias, row_scale, result.state, *changeable)
         ctx.run, ctx.wanted = run, wanted
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.ready = result.gradients if now and any(wanted) else None
         ctx.mark_non_differentiable(*result.others)
-        rows = result.loss_rows * row_scale
+        rows = weighted_rows(result.loss_rows, row_scale)
         return (rows.sum() if total else rows, *result.others)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        compiling = torch.compiler.is_compiling()
         ready = ctx.ready
         if ready is None:
-            row_scale = inputs[3] * upstream
-            state = inputs[4] if inputs[4].numel() else None
-            gradients = ctx.run(*inputs[:3], row_scale, ctx.wanted, state).gradients
-        elif compiling:
+            hidden, weight, bias, row_scale, kept, *changeable = ctx.saved_tensors
+            constants = [f if c is None else c for f, c in zip(ctx.frozen, changeable, strict=True)]
+            state = kept if kept.numel() else None
+            gradients = ctx.run(hidden, weight, bias, row_scale * upstream, ctx.wanted, state, constants).gradients
+        elif torch.compiler.is_compiling():
             gradients = tuple(g * upstream for g in ready)
         else:
             ctx.ready = None
@@ -69,5 +75,10 @@ class FusedLoss(torch.autograd.Function):
                 for g in ready:
                     g.mul_(upstream)
             gradients = ready
-        result = [g.to(x.dtype) if w else None for g, x, w in zip(gradients, inputs[:3], ctx.wanted, strict=True)]
-        return (*result, None, None, None, None)
+        result = [g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)]
+        return (*result, *(None for _ in range(4 + len(ctx.frozen))))
+
+
+def weighted_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """``rows * scale``, 0 where the scale is 0: a row without weight is no row, even where its loss is infinite."""
+    return torch.where(scale == 0, 0.0, rows * scale)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 from pocl_kernels.scalar import Value, absolute, exp, kl_term, log_mixture, phi_series, share, sign, weighted, where
 
@@ -32,10 +33,31 @@ class Divergence(abc.ABC):
     def __init_subclass__(cls) -> None:
         cls.token = f"{cls.__module__}.{cls.__qualname__}#{len(Divergence.classes)}"
         Divergence.classes[cls.token] = cls
+        if not vars(cls).keys().isdisjoint(("value", "slope")) and "kl_weights" not in vars(cls):
+            cls.kl_weights = None  # the base's is not that of another function
 
     def parameters(self) -> list[float]:
-        """The values of the fields: the run-time parameters of the kernels."""
-        return [float(getattr(self, f.name)) for f in dataclasses.fields(self)]
+        """The values of the fields: the run-time parameters of the kernels.
+
+        Raises:
+            TypeError: for a field that is no number.
+        """
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+                raise TypeError(
+                    f"{type(self).__name__}.{field.name} is {value!r}: the fields of a divergence are numbers, the "
+                    "run-time parameters of its kernels. Make anything else a class variable"
+                )
+        return values
+
+    @classmethod
+    def from_parameters(cls, values: Sequence[float]) -> Self:
+        """The instance that has these values in its fields, as they are: nothing is checked or changed."""
+        made = object.__new__(cls)
+        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+            object.__setattr__(made, field.name, value)
+        return made
 
     @abc.abstractmethod
     def value(self, l: Value, r: Value) -> Value:
@@ -95,8 +117,9 @@ class SkewForwardKL(Divergence):
         return kl_term(p, r, self.skew * p + (1.0 - self.skew) * q, log_mixture(r, l, self.skew))
 
     def slope(self, l: Value, r: Value) -> Value:
-        p, q = exp(r), exp(l)
-        return -(1.0 - self.skew) * p * share(q, self.skew * p + (1.0 - self.skew) * q)
+        p, q, s = exp(r), exp(l), self.skew
+        # (1 - s) q (1 - p / m), not - (1 - s) q p / m: a multiple of q that large cancels only in slope - q c.
+        return (1.0 - s) * (1.0 - s) * (q - p) * share(q, s * p + (1.0 - s) * q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +136,10 @@ class SkewReverseKL(Divergence):
         return kl_term(q, l, self.skew * q + (1.0 - self.skew) * p, log_mixture(l, r, self.skew))
 
     def slope(self, l: Value, r: Value) -> Value:
-        p, q = exp(r), exp(l)
-        ratio = share(q, self.skew * q + (1.0 - self.skew) * p)
-        # Not skew * ratio where skew is 0: the ratio may overflow there.
-        return weighted(q, l - log_mixture(l, r, self.skew) - weighted(self.skew, ratio))
+        p, q, s = exp(r), exp(l), self.skew
+        # log(q / m) - s (q / m - 1), not - s q / m: a multiple of q as large as s cancels only in slope - q c.
+        excess = share(q - p, s * q + (1.0 - s) * p)
+        return weighted(q, l - log_mixture(l, r, s) - weighted(s * (1.0 - s), excess))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +207,10 @@ class Alpha(Divergence):
 
     def slope(self, l: Value, r: Value) -> Value:
         a = self.alpha
-        return -exp(a * r + (1.0 - a) * l) / a
+        x = a * (r - l)
+        # -q (e^x - 1), not -q e^x: where a is small, a multiple of q as large as 1 / a cancels only in slope - q c.
+        near, far = -exp(l) * (x + phi_series(x)), exp(l) - exp(a * r + (1.0 - a) * l)
+        return where(absolute(x) < 0.5, near, far) / a
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {

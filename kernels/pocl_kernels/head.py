@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +28,12 @@ class Head:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.dim() != 2:
+        if not isinstance(self.weight, Tensor):
+            raise ValueError(
+                f"Head.weight is a {type(self.weight).__name__}: it must be a [vocabulary, hidden] tensor. Of a linear "
+                "layer pass Head(layer.weight, layer.bias), of a whole model pocl.heads.head_of(model)"
+            )
+        if self.weight.dim() != 2 or 0 in self.weight.shape:
             raise ValueError(f"Head.weight must be [vocabulary, hidden], got shape {tuple(self.weight.shape)}")
         if self.bias is not None and tuple(self.bias.shape) != (self.weight.shape[0],):
             raise ValueError(
@@ -51,3 +57,16 @@ class Head:
 def as_head(head: Head | Tensor) -> Head:
     """A bare ``[V, H]`` weight is a head without bias, scale or softcap."""
     return head if isinstance(head, Head) else Head(head)
+
+
+def whole_tensor(x: Any) -> Any:
+    """A DTensor gathered, with gradients averaged over its processes; anything else as it is."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        size = x.device_mesh.size()
+        whole.register_hook(lambda gradient: gradient / size)  # not Partial("avg"), which gloo cannot reduce
+    return whole

@@ -3,6 +3,8 @@
 Opaque to torch.compile (they carry fake implementations, so ``fullgraph=True`` holds) and free of autograd: they
 return the per-row results and, where asked, the gradients of ``sum row_scale * loss``; :mod:`pocl_kernels.autograd`
 attaches those. A gradient that was not asked for is an empty tensor, since an operator cannot return None.
+
+What a schedule changes comes in ``numbers``, a tensor: a compiled graph is made anew for every new value of a float.
 """
 
 from __future__ import annotations
@@ -32,10 +34,7 @@ def linear_divergence(
     labels: Tensor | None,
     row_scale: Tensor,
     divergence: str,
-    parameters: Sequence[float],
-    temperature: float,
-    divergence_factor: float,
-    ce_weight: float,
+    numbers: Tensor,  # [3 + parameters] on the CPU: temperature, factor of D, ce_weight, the divergence's parameters
     ignore_index: int,
     scales_and_softcaps: Sequence[float],  # student scale, student softcap (0: none), teacher scale, teacher softcap
     workspace_mb: float,
@@ -47,8 +46,9 @@ def linear_divergence(
     products: str,  # autocast's dtype on a GPU, e.g. "bfloat16"; empty: that of the inputs
 ) -> Seven:
     student_scale, student_softcap, teacher_scale, teacher_softcap = scales_and_softcaps
+    temperature, divergence_factor, ce_weight, *parameters = numbers.tolist()
     plan = Plan(
-        divergence=Divergence.classes[divergence](*parameters),
+        divergence=Divergence.classes[divergence].from_parameters(parameters),
         temperature=temperature,
         divergence_factor=divergence_factor,
         ce_weight=ce_weight,
@@ -90,10 +90,7 @@ def _(
     labels: Tensor | None,
     row_scale: Tensor,
     divergence: str,
-    parameters: Sequence[float],
-    temperature: float,
-    divergence_factor: float,
-    ce_weight: float,
+    numbers: Tensor,
     ignore_index: int,
     scales_and_softcaps: Sequence[float],
     workspace_mb: float,

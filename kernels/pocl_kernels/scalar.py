@@ -62,6 +62,9 @@ class Scalar:
     def __neg__(self) -> Scalar:
         return self.recorder.node("neg", self)
 
+    def __abs__(self) -> Scalar:
+        return self.recorder.node("abs", self)
+
     def __pow__(self, exponent: int) -> Scalar:
         if exponent != 2:
             raise TypeError(f"only squares are available as a power, got ** {exponent}; write exp(y * log(x)) instead")

@@ -191,7 +191,7 @@ def by_name(divergence: str | Divergence) -> tuple[str, dict[str, float]]:
 def pytorch(
     case: Case,
     *,
-    divergence: str,
+    divergence: str | Divergence,
     temperature: float = 1.0,
     dtype: torch.dtype = torch.float32,
     after: torch.dtype | None = None,
@@ -224,24 +224,27 @@ def _logits(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def _textbook(divergence: str, l: Tensor, r: Tensor) -> Tensor:
+def _textbook(divergence: str | Divergence, l: Tensor, r: Tensor) -> Tensor:
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
 
     def mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
         return torch.logaddexp(a + math.log(weight), b + math.log(1 - weight))
 
-    p, q, m = r.exp(), l.exp(), mix(r, l, 0.5)
+    instance = DIVERGENCES[divergence]() if isinstance(divergence, str) else divergence
+    name = next(name for name, kind in DIVERGENCES.items() if kind is type(instance))
+    x = next(iter(instance.parameters()), 0.5)  # skew, beta or alpha
+    p, q, m = r.exp(), l.exp(), mix(r, l, x)
     return {
         "fkl": lambda: kl(r, l),
         "rkl": lambda: kl(l, r),
-        "skew_fkl": lambda: kl(r, mix(r, l, 0.1)),
-        "skew_rkl": lambda: kl(l, mix(l, r, 0.1)),
-        "jsd": lambda: 0.5 * kl(r, m) + 0.5 * kl(l, m),
+        "skew_fkl": lambda: kl(r, m),
+        "skew_rkl": lambda: kl(l, mix(l, r, x)),
+        "jsd": lambda: x * kl(r, m) + (1 - x) * kl(l, m),
         "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
         "jeffreys": lambda: kl(r, l) + kl(l, r),
-        "alpha": lambda: 4 * (1 - (0.5 * (l + r)).exp().sum(-1)),
-    }[divergence]()
+        "alpha": lambda: (1 - (x * r + (1 - x) * l).exp().sum(-1)) / (x * (1 - x)),
+    }[name]()
 
 
 def assert_close(result: Solution, truth: Solution, tolerance: float) -> None:

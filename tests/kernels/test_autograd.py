@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import pocl_kernels
-from pocl_kernels import Head, operators, reference
+from pocl_kernels import Head, SkewReverseKL, operators, reference
 from pocl_kernels.cpu import backend as cpu_backend
 from tests.kernels.cases import Case, Solution, assert_close, make_case, oracle, pytorch, solve
 
@@ -40,6 +41,30 @@ def test_second_backward_adds_the_same_gradient_again(engine: Any, case: Case) -
         assert reference.relative_error(3 * c, k) <= 1e-6
         assert torch.equal(a, k), "a gradient that was given away has changed"
         assert a.data_ptr() != b.data_ptr()
+
+
+def test_constants_changed_before_the_gradient_is_computed_are_noticed(engine: Any, case: Case) -> None:
+    for constant in ("teacher_hidden", "labels"):
+        for reduction in ("mean", "none"):
+            hidden, head, _ = leaves_of(case)
+            mine = case.replace(**{constant: getattr(case, constant).clone()})
+            out = engine(hidden, head, mine.teacher_hidden, mine.teacher_head, labels=mine.labels, reduction=reduction)
+            getattr(mine, constant).zero_()
+            if engine.memory == "fast" and reduction == "mean":  # the gradient is there already
+                out.loss.backward()
+                assert reference.relative_error(hidden.grad, solve(engine, case).hidden) <= 1e-6
+            else:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    out.loss.sum().backward()
+
+
+def test_a_teacher_of_inference_mode_serves(engine: Any, case: Case) -> None:
+    with torch.inference_mode():
+        teacher, labels = case.teacher_hidden.clone(), case.labels.clone()
+    hidden, head, _ = leaves_of(case)
+    out = engine(hidden, head, teacher, case.teacher_head, labels=labels, reduction="none")
+    out.loss.sum().backward()
+    assert reference.relative_error(hidden.grad, solve(engine, case, reduction="sum").hidden) <= 1e-6
 
 
 def test_gradients_accumulate_over_calls(engine: Any, case: Case) -> None:
@@ -260,6 +285,32 @@ def test_compiles_into_one_graph() -> None:
     loss = compiled(*leaves, case.labels)
     for mine, truth in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("what", ["temperature", "ce_weight", "divergence"])
+def test_a_schedule_is_compiled_twice_at_most(what: str) -> None:
+    """For the first value, and for all others."""
+    case, graphs = make_case(12, 67), []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(h: Tensor, **call: Any) -> Tensor:
+        return pocl_kernels.fused_linear_divergence(
+            h, case.student_head, case.teacher_hidden, case.teacher_head, labels=case.labels, **call
+        ).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
+    for x in (0.1, 0.2, 0.35, 0.5):
+        call = {what: SkewReverseKL(x) if what == "divergence" else x}
+        h, g = (case.student_hidden.clone().requires_grad_() for _ in range(2))
+        compiled(h, **call).backward()
+        step(g, **call).backward()
+        assert reference.relative_error(h.grad, g.grad) <= 1e-6
+    assert len(graphs) <= 4  # forward and backward
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

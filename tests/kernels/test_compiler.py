@@ -3,6 +3,7 @@
 import os
 import stat
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,33 @@ def test_the_cache_is_the_users_alone(with_compiler: Path) -> None:
 @pytest.mark.parametrize("value", ["none", "no-such-compiler"])
 def test_without_a_compiler_the_eager_rows_serve(cache: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCL_CPU_COMPILER", value)
-    assert compiler.compiler() is None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert compiler.compiler() is None
+    assert [value in str(warning.message) for warning in said] == ([] if value == "none" else [True])
     assert compiler.load(SOURCE, "answer") is None
     case = make_case(12, 67, bias=True)
     assert_close(solve(pocl_kernels.fused_linear_divergence, case), oracle(case), 2e-6)
     assert not cache.exists() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "a file"])
+def test_without_a_place_for_libraries_the_eager_rows_serve(
+    place: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("POCL_CACHE", str(tmp_path / place))  # an absolute path stays as it is
+    if compiler.compiler() is None:
+        pytest.skip("this machine has no C compiler")
+    with pytest.warns(RuntimeWarning, match="eager path serves"):
+        assert compiler.load(SOURCE, "answer") is None
+
+
+def test_a_command_of_several_words_compiles(with_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = compiler.compiler() or ("",)
+    compiler.compiler.cache_clear()
+    monkeypatch.setenv("POCL_CPU_COMPILER", f"env {program}")
+    assert compiler.load(SOURCE, "answer") is not None
 
 
 @pytest.mark.parametrize(

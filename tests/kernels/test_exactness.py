@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import pocl_kernels
-from pocl_kernels import Head, reference
+from pocl_kernels import JSD, Alpha, Divergence, Head, SkewForwardKL, SkewReverseKL, reference
 from tests.kernels.cases import INSTANCES, NAMES, Solution, assert_close, make_case, oracle, pytorch, solve
 
 FLOAT32 = 2e-6
@@ -182,17 +182,33 @@ def test_logits_far_from_zero_cost_no_more_than_their_own_rounding(engine: Any, 
         assert errors[gradient] <= 1.2 * plain[gradient], gradient
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_peaked_distributions_underflow_without_harm(engine: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "temperature"), [*((name, 1.0) for name in NAMES), ("fkl", 0.5), ("jsd", 0.5)])
+def test_peaked_distributions_underflow_without_harm(engine: Any, name: str, temperature: float) -> None:
     # Logits of deviation 60: most probabilities are exactly zero in float32 on both sides.
     base = make_case(16, 1031)
     heads = [Head(h.weight * 30) for h in (base.student_head, base.teacher_head)]
     case = base.replace(student_head=heads[0], teacher_head=heads[1])
-    result, truth = solve(engine, case, divergence=name), oracle(case, divergence=name)
+    call = dict(divergence=name, temperature=temperature)
+    result, truth = solve(engine, case, **call), oracle(case, **call)
     assert reference.relative_error(result.loss, truth.loss) <= FLOAT32
     # Where q is one up to rounding the true gradient is nearly zero: an error in it is small next to q itself.
     for mine, exact, size in ((result.weight, truth.weight, 1.0), (result.hidden, truth.hidden, 30.0)):
         assert float((mine - exact).norm()) <= 5e-6 * max(size, float(exact.norm()))
+
+
+@pytest.mark.parametrize("near", [None, 1e-4])
+@pytest.mark.parametrize(
+    "divergence", [Alpha(0.02), Alpha(0.98), SkewForwardKL(0.99), SkewReverseKL(0.9), JSD(0.02), JSD(0.98)], ids=repr
+)
+def test_gradients_at_the_ends_of_the_parameters(engine: Any, divergence: Divergence, near: float | None) -> None:
+    cases = [make_case(24, 2053, near=near, seed=seed) for seed in SEEDS]
+    truth = [oracle(case, divergence=divergence) for case in cases]
+    ours, plain = (
+        [f(case, divergence=divergence).errors(t) for case, t in zip(cases, truth, strict=True)]
+        for f in (functools.partial(solve, engine), pytorch)
+    )
+    for gradient in ("hidden", "weight"):
+        assert pooled(ours, gradient) <= max(1.2 * pooled(plain, gradient), FLOAT32), gradient
 
 
 @pytest.mark.parametrize("name", INSTANCES)

@@ -255,6 +255,25 @@ def test_broken_logits_break_the_cross_entropy(engine: Any) -> None:
     assert torch.isfinite(rows).tolist() == [True, True, False, True, True, True, True, True]
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_token_of_weight_zero_is_left_out_whatever_its_loss(engine: Any, reduction: str) -> None:
+    check_weight_zero(engine, reduction)
+
+
+def check_weight_zero(loss: Any, reduction: str) -> None:
+    case, weight = make_case(8, 67), torch.ones(8)
+    weight[3] = 0.0
+    nan, masked = case.teacher_hidden.clone(), torch.zeros(67)
+    nan[3], masked[5] = math.nan, -math.inf
+    call = dict(divergence="rkl", token_weight=weight, reduction=reduction)
+    assert_close(solve(loss, case.replace(teacher_hidden=nan), **call), solve(loss, case, **call), 1e-6)
+    infinite = case.replace(teacher_head=Head(case.teacher_head.weight, masked))
+    nothing = solve(loss, infinite, divergence="rkl", token_weight=0 * weight, reduction=reduction)
+    assert not nothing.loss.any()
+    assert not nothing.hidden.any()
+    assert not nothing.weight.any()
+
+
 # --- What is refused ---
 
 H, V = torch.randn(6, 4), torch.randn(50, 4)
@@ -271,7 +290,7 @@ LABELS = torch.zeros(6, dtype=torch.int64)
         (lambda: loss(torch.tensor(1.0), V, H, V), "student_hidden has shape"),
         (lambda: loss(H.long(), V, H, V), "student_hidden is torch.int64.*floating point"),
         (lambda: loss(H, V.int(), H, V), "head torch.int32.*floating point"),
-        (lambda: loss(H.to("meta"), V, H, V), "student_hidden is on meta, its head on cpu"),
+        (lambda: loss(H.to("meta"), V, H, V), "student_hidden is on meta, its head's weight on cpu"),
         (lambda: loss(H, V, H.to("meta"), V.to("meta")), "teacher_hidden is on meta.*cpu"),
         (lambda: loss(H, V, H, V, labels=LABELS.to("meta")), "labels on meta, the hidden states on cpu"),
         (
@@ -299,8 +318,23 @@ LABELS = torch.zeros(6, dtype=torch.int64)
         (lambda: loss(H, V, H, V, token_weight=torch.ones(5)), r"token_weight has shape \(5,\), expected \(6,\)"),
         (lambda: loss(H, V, H, V, reduction="avg"), "reduction='avg' must be one of mean, sum, none"),
         (lambda: loss(H, V, H, V, normalizer=3.0, reduction="sum"), 'normalizer.*"mean".*"sum"'),
-        (lambda: loss(H, V, H, V, normalizer=0.0), "normalizer=0.0 must be positive"),
-        (lambda: loss(H, V, H, V, normalizer=-2), "normalizer=-2 must be positive"),
+        (lambda: loss(H, V, H, V, normalizer=0.0), "normalizer=0.0 must be a positive number"),
+        (lambda: loss(H, V, H, V, normalizer=-2), "normalizer=-2 must be a positive"),
+        (lambda: loss(H, V, H, V, normalizer=[6]), r"normalizer=\[6\] must be a positive number"),
+        (lambda: loss(H, V, H, V, normalizer=torch.ones(6)), r"normalizer has shape \(6,\): it must be one number"),
+        (lambda: loss(H, V, H, V, normalizer=torch.tensor(-2.0)), "normalizer=-2.0 must not be negative"),
+        (lambda: loss(H, V, H, V, labels=LABELS.tolist()), "labels are a list.*tensor of token ids"),
+        (lambda: loss(H, V, H, V, token_weight=[1.0] * 6), "token_weight is a list.*tensor"),
+        (
+            lambda: loss(H, Head(V, torch.zeros(50, device="meta")), H, V),
+            "on cpu, its head's bias on meta",
+        ),
+        (lambda: loss(H, Head(V, torch.zeros(50).int()), H, V), "bias of the head of student_hidden is torch.int32"),
+        (lambda: loss(H, torch.nn.Linear(4, 50), H, V), r"a Linear.*Head\(layer.weight, layer.bias\)"),
+        (lambda: loss(H, None, H, V), "Head.weight is a NoneType"),
+        (lambda: loss(H, torch.zeros(0, 4), H, V), r"Head.weight must be.*\(0, 4\)"),
+        (lambda: loss(H, V, H, V, workspace_mb="1"), "workspace_mb='1' must be a positive"),
+        (lambda: loss(H, V, H, V, workspace_mb=math.inf), "workspace_mb=inf"),
         (lambda: loss(H, V, H, V, memory="small"), "memory='small' must be one of auto, fast, low"),
         (lambda: loss(H, V, H, V, memory="fast", reduction="none"), 'memory="fast".*reduction="none".*"low"'),
         (lambda: loss(H, V, H, V, workspace_mb=0), "workspace_mb=0 must be a positive"),
@@ -343,6 +377,7 @@ def test_cross_entropy_refuses_the_same_things() -> None:
     for call, message in (
         (lambda: ce(H, torch.randn(50, 5), LABELS), r"hidden has shape \(6, 4\)"),
         (lambda: ce(H, V, LABELS[:4]), "labels have shape"),
+        (lambda: ce(H, V, None), "labels=None"),
         (lambda: ce(H, V, LABELS, reduction="avg"), "reduction='avg'"),
         (lambda: ce(H, V, LABELS, token_weight=torch.ones(2)), "token_weight has shape"),
         (lambda: ce(H, V, LABELS, normalizer=2.0, reduction="none"), "normalizer"),

@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 import pocl_kernels
 from pocl_kernels import reference
 
-VOCAB_SIZE = 101  # the shares differ in size
+VOCAB_SIZE = 101
+ROWS = 13
+WORKSPACE_MB = 0.004  # several chunks, however the workspace is counted
 
 
 def _free_port() -> int:
@@ -24,15 +26,17 @@ def _free_port() -> int:
 
 
 def _share(rank: int, world_size: int) -> slice:
-    return slice(VOCAB_SIZE * rank // world_size, VOCAB_SIZE * (rank + 1) // world_size)
+    """Shares that differ in size: 80 and 21 rows of two, 81, 5, 5 and 10 of four processes."""
+    bounds = {2: (0, 80, VOCAB_SIZE), 4: (0, 81, 86, 91, VOCAB_SIZE)}[world_size]
+    return slice(bounds[rank], bounds[rank + 1])
 
 
 def _errors(rank: int, world_size: int, name: str, memory: str) -> list[float]:
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(13, 8, generator=generator), torch.randn(13, 12, generator=generator)
+    student, teacher = torch.randn(ROWS, 8, generator=generator), torch.randn(ROWS, 12, generator=generator)
     weight, teacher_weight = (torch.randn(VOCAB_SIZE, h, generator=generator) for h in (8, 12))
     bias = torch.randn(VOCAB_SIZE, generator=generator)
-    labels = torch.randint(0, VOCAB_SIZE, (13,), generator=generator)
+    labels = torch.randint(0, VOCAB_SIZE, (ROWS,), generator=generator)
     labels[::4] = -100
     settings = {"divergence": name, "temperature": 2.0, "labels": labels, "ce_weight": 0.3}
 
@@ -43,9 +47,8 @@ def _errors(rank: int, world_size: int, name: str, memory: str) -> list[float]:
     part = _share(rank, world_size)
     local = [x.clone().requires_grad_() for x in (student, weight[part], bias[part])]
     head = pocl_kernels.Head(local[1], local[2])
-    output = pocl_kernels.fused_linear_divergence(
-        local[0], head, teacher, teacher_weight[part], memory=memory, process_group=dist.group.WORLD, **settings
-    )
+    settings |= {"memory": memory, "process_group": dist.group.WORLD, "workspace_mb": WORKSPACE_MB}
+    output = pocl_kernels.fused_linear_divergence(local[0], head, teacher, teacher_weight[part], **settings)
     hidden_gradient, *head_gradients = torch.autograd.grad(oracle.loss, whole)
     expected = [*oracle[:4], hidden_gradient, *(g[part] for g in head_gradients)]
     results = [*output[:4], *torch.autograd.grad(output.loss, local)]

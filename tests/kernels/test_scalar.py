@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pocl_kernels import DIVERGENCES, Divergence, scalar
+import pocl_kernels
+from pocl_kernels import DIVERGENCES, Divergence, ForwardKL, scalar
 from pocl_kernels.scalar import (
     Program,
     Recorder,
@@ -216,6 +217,44 @@ def test_phi_keeps_its_digits_near_zero() -> None:
     )
     torch.testing.assert_close(phi_series(x), terms, rtol=1e-15, atol=0)
     torch.testing.assert_close(phi_series(x.float()).double(), terms, rtol=1e-6, atol=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tripled(ForwardKL):
+    factor: float = 3.0
+
+    def value(self, l: Value, r: Value) -> Value:
+        return self.factor * super().value(l, r)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        return self.factor * super().slope(l, r)
+
+
+def test_another_function_is_not_taken_for_its_bases_kl() -> None:
+    assert Tripled.kl_weights is None
+    assert ForwardKL.kl_weights == (1.0, 0.0)
+
+
+def test_the_kernels_see_the_fields_as_they_are() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Halved(Tripled):
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "factor", self.factor / 2)
+
+    case = make_case(6, 67)
+    once = solve(pocl_kernels.fused_linear_divergence, case)
+    halved = solve(pocl_kernels.fused_linear_divergence, case, divergence=Halved(factor=3.0))
+    torch.testing.assert_close(halved.loss, 1.5 * once.loss)
+    torch.testing.assert_close(halved.hidden, 1.5 * once.hidden)
+
+
+def test_a_field_that_is_no_number_is_named() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Moody(Tripled):
+        mood: str = "good"
+
+    with pytest.raises(TypeError, match=r"Moody.mood is 'good'.*numbers.*class variable"):
+        Moody().parameters()
 
 
 # --- What is refused ---

@@ -49,11 +49,12 @@ def linear_divergence(
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     student = _Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
     teacher = _Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, Gradients(False, False, False))
-    rows = _valid_rows(labels, plan.ignore_index, student_hidden.shape[0])
+    rows = _valid_rows(labels, plan.ignore_index, row_scale)
     results = torch.zeros(student_hidden.shape[0], 3, dtype=dtype)
     group = parallel.VocabularyGroup(plan.process_group, V, student_hidden.device) if plan.process_group else None
     kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
-    student_rows, teacher_rows = chunk_rows(len(rows), V * dtype.itemsize, plan.workspace_mb)
+    share = V if group is None else group.largest
+    student_rows, teacher_rows = chunk_rows(len(rows), share * dtype.itemsize, plan.workspace_mb)
     for index in _split(rows, student_rows):
         zs = student.project(index)
         out = torch.empty(len(index), 3, dtype=dtype)
@@ -91,7 +92,7 @@ def linear_cross_entropy(
     student = _Projection(hidden, weight, bias, V, dtype, wanted)
     result = torch.zeros(hidden.shape[0], dtype=dtype)
     kernel = _cross_entropy_kernel(dtype)
-    rows = _valid_rows(labels, ignore_index, hidden.shape[0])
+    rows = _valid_rows(labels, ignore_index, row_scale)
     size = evened(len(rows), int(LOGITS_SHARE * workspace_mb * 2**20 / (V * dtype.itemsize)))
     for index in _split(rows, size):
         z = student.project(index)
@@ -170,8 +171,10 @@ class _Projection:
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
 
-def _valid_rows(labels: Tensor | None, ignore_index: int, count: int) -> Tensor:
-    return torch.arange(count) if labels is None else torch.nonzero(labels != ignore_index).squeeze(-1)
+def _valid_rows(labels: Tensor | None, ignore_index: int, row_scale: Tensor) -> Tensor:
+    """Indices of the rows that are neither ignored nor without weight."""
+    valid = row_scale != 0
+    return torch.nonzero(valid if labels is None else valid & (labels != ignore_index)).squeeze(-1)
 
 
 def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int]:

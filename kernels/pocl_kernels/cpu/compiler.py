@@ -13,11 +13,12 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pocl_kernels.scalar import Program
@@ -66,16 +67,19 @@ def cross_entropy_source() -> str:
 
 
 @functools.cache
-def compiler() -> str | None:
-    """Path of the C compiler: ``$POCL_CPU_COMPILER``, ``$CC``, cc, gcc or clang; None if there is none or it is
+def compiler() -> tuple[str, ...] | None:
+    """The C compiler's command: ``$POCL_CPU_COMPILER``, ``$CC``, cc, gcc or clang; None if there is none or it is
     "none".
     """
-    wanted = os.environ.get("POCL_CPU_COMPILER") or os.environ.get("CC")
+    wanted = (os.environ.get("POCL_CPU_COMPILER") or os.environ.get("CC") or "").strip()
     if wanted == "none":
         return None
-    return next(
-        (path for name in ((wanted,) if wanted else ("cc", "gcc", "clang")) if (path := shutil.which(name))), None
-    )
+    for program, *options in [shlex.split(wanted)] if wanted else [["cc"], ["gcc"], ["clang"]]:  # CC="ccache gcc"
+        if path := shutil.which(program):
+            return path, *options
+    if wanted:
+        warnings.warn(f"the C compiler {wanted!r} is not there, so the slower eager path serves", stacklevel=2)
+    return None
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,16 +89,16 @@ def load(source: str, function: str) -> Callable[..., None] | None:
     if command is None:
         return None
     text = (SOURCES / "prelude.h").read_text() + source
-    key = hashlib.sha256("\0".join((text, *FLAGS, command, _machine())).encode()).hexdigest()[:24]
-    library = cache_folder() / f"{function}-{key}.so"
+    key = hashlib.sha256("\0".join((text, *FLAGS, *command, _machine())).encode()).hexdigest()[:24]
     try:
+        library = cache_folder() / f"{function}-{key}.so"
         if not library.exists():
             _compile(command, text, library)
         result = getattr(ctypes.CDLL(str(library)), function)
     except (subprocess.SubprocessError, OSError) as error:  # no working compiler, no space, no right to run from here
         detail = getattr(error, "stderr", "") or str(error)
         warnings.warn(
-            f"{command} could not compile the CPU kernels, so the slower eager path serves "
+            f"{' '.join(command)} could not compile the CPU kernels, so the slower eager path serves "
             f"(POCL_CPU_COMPILER=none silences this): {detail[-500:]}",
             RuntimeWarning,
             stacklevel=2,
@@ -113,12 +117,12 @@ def cache_folder() -> Path:
     return folder
 
 
-def _compile(command: str, text: str, library: Path) -> None:
+def _compile(command: Sequence[str], text: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         source, result = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
         source.write_text(text)
         native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64", "ppc64le") else "-march=native"
-        arguments = [command, *FLAGS, native, str(source), "-o", str(result), "-lm"]
+        arguments = [*command, *FLAGS, native, str(source), "-o", str(result), "-lm"]
         subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120)
         os.replace(result, library)  # several processes may race: each writes its own file, the last rename wins
 

@@ -28,7 +28,7 @@ def divergence_rows(
     group: VocabularyGroup | None = None,
 ) -> None:
     """As ``divergence_rows.c``, whole rows at a time. With a group, V is this process's share of the vocabulary."""
-    step = max(1, SUB_BLOCK_ELEMENTS // zs.shape[1])
+    step = max(1, SUB_BLOCK_ELEMENTS // (zs.shape[1] if group is None else group.largest))
     for first in range(0, zs.shape[0], step):
         part = slice(first, first + step)
         z = _transform(zs[part], bias_s, plan.student_scale, plan.student_softcap)
@@ -58,7 +58,7 @@ def divergence_rows(
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))
-        gradient *= row_scale[part, None]
+        gradient = torch.where(row_scale[part, None] == 0, 0.0, gradient * row_scale[part, None])
         _through_transform(gradient, z, plan.student_scale, plan.student_softcap)
         zs[part] = gradient
 
@@ -84,7 +84,7 @@ def cross_entropy_rows(
         if want_grad:
             gradient = l.exp_()
             gradient.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=gradient.dtype))
-            gradient *= row_scale[part, None]
+            gradient = torch.where(row_scale[part, None] == 0, 0.0, gradient * row_scale[part, None])
             _through_transform(gradient, x, scale, softcap)
             z[part] = gradient
 

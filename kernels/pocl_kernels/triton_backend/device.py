@@ -94,8 +94,8 @@ def join_exp(m, S, rate):
 @triton.jit
 def projection_gradient(z, q, slope, c, slope_coefficient, shifted_1, ce_weight, is_label, w, scale, softcap):
     """``w J [A (slope - q c) + B (q_1 - 1[label])]``; ``shifted_1``: log q_1 at temperature 1, or None."""
-    # Without weight an infinite slope is nothing.
+    # Without weight an infinite slope is nothing, nor is a row.
     g = tl.where(slope_coefficient == 0.0, 0.0, slope_coefficient * (slope - q * c))
     if shifted_1 is not None:
         g += ce_weight * (tl.exp(shifted_1) - tl.where(is_label, 1.0, 0.0))
-    return w * jacobian(z, scale, softcap) * g
+    return tl.where(w == 0.0, 0.0, w * jacobian(z, scale, softcap) * g)

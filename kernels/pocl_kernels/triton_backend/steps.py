@@ -124,7 +124,7 @@ def gradient(
             g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state)
         if task.transforms.softcap_s is not None:
             g *= 1.0 - (zs / task.transforms.softcap_s) ** 2
-        out.copy_(g * (row_scale * task.transforms.scale_s)[:, None])
+        out.copy_(torch.where(row_scale[:, None] == 0, 0.0, g * (row_scale * task.transforms.scale_s)[:, None]))
         return
     function, uniforms = (None, ()) if task.divergence is None else term_of(task.divergence)
     tile_gradient.tile_gradient[(n,)](

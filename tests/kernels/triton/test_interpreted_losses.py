@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from pocl_kernels import Divergence, reference
 from pocl_kernels.scalar import Value, exp
 from pocl_kernels.triton_backend import chunks
 from tests.kernels.cases import INSTANCES, NAMES, Case, Solution, assert_close, make_case, oracle, pytorch, solve
+from tests.kernels.test_inputs import check_weight_zero
+from tests.kernels.test_laws import check_ignored_rows
+from tests.kernels.test_scalar import Tripled
 
 FLOAT32 = 2e-6
 MEMORY = ("fast", "low")
@@ -179,6 +183,24 @@ def test_a_divergence_of_the_users_own(memory: str) -> None:
     truth = solve(exact, case.to(torch.float64))
     result = solve(triton(memory), case, divergence=Hellinger(3.0))
     assert_close(dataclasses.replace(result, cross_entropy=None, student_entropy=None), truth, FLOAT32)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_function_built_on_a_kl_is_not_taken_for_it(memory: str) -> None:
+    case = make_case(6, VOCAB)
+    once, tripled = (solve(triton(memory), case, divergence=d) for d in ("fkl", Tripled()))
+    for part in ("loss", "hidden", "weight"):
+        assert reference.relative_error(getattr(tripled, part), 3 * getattr(once, part)) <= 1e-6
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_loss_is_independent_of_the_contents_of_ignored_rows(memory: str) -> None:
+    check_ignored_rows(triton(memory), "mean", math.nan)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_token_of_weight_zero_is_left_out_whatever_its_loss(memory: str) -> None:
+    check_weight_zero(triton(memory), "mean")
 
 
 @pytest.mark.parametrize("divergence", ["fkl", "tvd"])
