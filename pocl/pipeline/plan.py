@@ -61,7 +61,8 @@ def plan(recipe: Recipe) -> Plan:
         row |= {"time": f"~{row['time']}"} if "time" in row else {}
         stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}
     return Plan(
-        [(step.name, step.why) for step in build_steps(recipe)],
+        # a plan need not read every byte of the models
+        [(step.name, step.why) for step in build_steps(recipe, content=lambda *_: "")],
         stages,
         count,
         unread,
