@@ -65,7 +65,7 @@ def distill(context: typer.Context, recipe: _RecipeArgument, dry_run: _DryRun = 
 def rank(context: typer.Context, recipe: _RecipeArgument, change: _Change = False, plot: _Plot = False) -> None:
     """Only rank the recipe's training samples by difficulty for its student.
 
-    Writes ranking/ranked.parquet in the run folder: prompts and responses with rank and subset, for any trainer. A
+    Writes ranking/ranked.parquet in the run folder: the rows of the data with rank and subset, for any trainer. A
     student of your own needs no teacher, unless the recipe warms it up or ranks by the teacher.
     """
     _run(recipe, context.args, until="ranking", change=change, plot=plot)

@@ -39,11 +39,16 @@ def load_examples(
     Raises:
         ValueError: unknown format or file type, missing path, empty data, `limit < 1`.
     """
-    from datasets import Dataset, Features, Value
-
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to take every example")
-    raw = _read(source, split, trust_remote_code, streaming)
+    raw = read_rows(source, split, trust_remote_code=trust_remote_code, streaming=streaming)
+    return to_examples(raw, source, split=split, limit=limit)
+
+
+def to_examples(raw: Any, source: Any, *, split: str, limit: int | None = None) -> Dataset | IterableDataset:
+    """The examples in rows that `read_rows` gave; `source` and `split` name them in errors. See `load_examples`."""
+    from datasets import Dataset, Features, Value
+
     first = next(iter(raw), None)
     if first is None:
         raise ValueError(f"no examples in {_name(source)} (split {split!r}); it must hold at least one")
@@ -72,8 +77,8 @@ def _name(source: Any) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
 
 
-def _read(source: Any, split: str, trust_remote_code: bool, streaming: bool) -> Any:
-    """The raw rows, as a `Dataset` or an `IterableDataset`."""
+def read_rows(source: Any, split: str, *, trust_remote_code: bool = False, streaming: bool = False) -> Any:
+    """The rows of a source as they are, as a `Dataset` or an `IterableDataset`; see `load_examples`."""
     import datasets
 
     if isinstance(source, datasets.IterableDataset):

@@ -50,6 +50,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 **_part(values, "data"),
                 **seed,
                 "tokenizer": student_content,
+                "columns": "all",  # of the training rows are kept; a folder from before that has none to carry on
                 "content": {
                     key: content(source)
                     for key in ("source", "validation", "test")

@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 
 WARM_UP = "warm-up"
+# What a ranking may add to the columns of the data, besides the rank under each criterion, `rank_<column>`.
+RANKING_COLUMNS = frozenset(
+    {
+        "sample_id",
+        "cross_entropy",
+        "teacher_cross_entropy",
+        "kl_to_teacher",
+        "rouge_l",
+        "student_response",
+        "num_tokens",
+        "rank",
+        "rrf_score",
+        "subset",
+    }
+)
 SCALED_BY_AUTHORS = frozenset({"fkl", "jsd", "skew_rkl"})  # by T^2, in the code of the paper's authors
 
 
@@ -185,13 +200,26 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
         # `response` is the reference in a data set that other trainers read: the student's answer gets another name
         ranked = ranked.rename_column("response", "student_response")
     order = {number: row for row, number in enumerate(examples["id"])}
-    chosen = examples.select([order[number] for number in ranked["sample_id"]]).remove_columns("id")
-    write_parquet(concatenate_datasets([ranked, chosen], axis=1), context.path / "ranking" / "ranked.parquet")
+    source = read_parquet(context.path / "data" / "train-source.parquet")
+    source = source.select([order[number] for number in ranked["sample_id"]])
+    source = source.rename_columns(names_beside_ranking(source.column_names))
+    write_parquet(concatenate_datasets([source, ranked], axis=1), context.path / "ranking" / "ranked.parquet")
     easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
     return {
         "note": f"Mean cross-entropy {easiest:.2f} in the easiest part, {hardest:.2f} in the hardest; "
         f"{context.path / 'ranking' / 'ranked.parquet'}"
     }
+
+
+def names_beside_ranking(columns: Sequence[str]) -> dict[str, str]:
+    """What the columns of the data are called in the ranked table: `source_rank` where the ranking has a `rank`."""
+    names: dict[str, str] = {}
+    for column in columns:
+        name = column
+        while name in RANKING_COLUMNS or name.startswith("rank_") or (name != column and name in columns):
+            name = f"source_{name}"
+        names[column] = name
+    return names
 
 
 def _mean(ranked: Dataset, part: int) -> float:

@@ -184,14 +184,14 @@ def test_rank_alone_writes_a_data_set_that_other_trainers_can_use(recipe: Path, 
     result = pocl("rank", recipe, "--warmup.epochs", "0", "--teacher_cache.mode", "online")
     assert result.exit_code == 0, result.output
     table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet")
-    assert {"prompt", "response", "student_response", "rank", "subset", "cross_entropy", "rouge_l"} <= set(
+    assert {"instruction", "input", "output", "student_response", "rank", "subset", "cross_entropy", "rouge_l"} <= set(
         table.column_names
     )
     assert sorted(table["rank"]) == list(range(1, len(table) + 1))
     assert set(table["subset"]) == {0, 1}
     lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
     pairs = {row["instruction"]: row["output"] for row in map(json.loads, lines)}
-    assert all(pairs[prompt] == answer for prompt, answer in zip(table["prompt"], table["response"], strict=True))
+    assert all(pairs[prompt] == answer for prompt, answer in zip(table["instruction"], table["output"], strict=True))
     assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking"]
 
 
@@ -238,7 +238,7 @@ def test_plot_draws_the_ranking_and_prints_both_its_ends(recipe: Path, tmp_path:
     from pocl.pipeline.context import read_parquet
 
     table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet").to_dict()
-    ends = [table["prompt"][table["rank"].index(r)] for r in (1, 2, 3, 4, 5, 34, 35, 36, 37, 38)]
+    ends = [table["instruction"][table["rank"].index(r)] for r in (1, 2, 3, 4, 5, 34, 35, 36, 37, 38)]
     assert all(f"question: {prompt}" in result.output for prompt in ends)
     assert (tmp_path / "run" / "report" / "difficulty.png").stat().st_size > 5_000
     assert f"Report:   {tmp_path / 'run' / 'report' / 'index.html'}" in result.output

@@ -51,11 +51,16 @@ def run_folder(tmp_path: Path) -> Path:
         "rank_rouge_l": range(COUNT, 0, -1),
         "rank": range(1, COUNT + 1),
         "subset": [i * 2 // COUNT for i in range(COUNT)],
-        "prompt": [f"question {i} | with a bar" for i in range(COUNT)],
-        "response": ["answer"] * COUNT,
+        "question": ["a column of the data"] * COUNT,
         "student_response": ["an answer\nof two lines"] * COUNT,
     }
     write_parquet(Dataset.from_dict({k: list(v) for k, v in ranked.items()}), tmp_path / "ranking" / "ranked.parquet")
+    train = {
+        "id": list(range(COUNT))[::-1],
+        "prompt": [f"question {i} | with a bar" for i in range(COUNT)][::-1],
+        "response": ["answer"] * COUNT,
+    }
+    write_parquet(Dataset.from_dict(train), tmp_path / "data" / "train.parquet")
     test = {"id": [0, 1], "prompt": ["held-out question", "b"], "response": ["reference", "d"]}
     write_parquet(Dataset.from_dict(test), tmp_path / "data" / "test.parquet")
     validation = [{"step": 12, "stage": 0, "eval_cross_entropy": 1.0, "eval_rouge_l": 0.2}]
