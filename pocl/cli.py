@@ -5,6 +5,7 @@ Models, data sets and torch are imported by the commands that need them, so that
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -202,6 +203,7 @@ def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
 
 
 def _print_plan(recipe: Recipe, console: Console) -> None:

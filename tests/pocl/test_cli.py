@@ -305,11 +305,14 @@ def test_a_plan_is_possible_where_the_data_cannot_be_reached(recipe: Path) -> No
         (["cache-teacher", "RECIPE", "--teacher_cache.mode", "online"], "set teacher_cache.mode to cached"),
         (["report", "nowhere"], "not the folder of a run"),
         (["distill", "RECIPE", "--data.source", "missing.jsonl"], "'missing.jsonl' does not exist"),
+        (["distill", "RECIPE", "--data.source", "DAMAGED"], "damaged.jsonl cannot be read: line 2 is no JSON"),
         (["distill", "RECIPE", "--data.num_test", "44"], "leave none to train on"),
     ],
 )
 def test_mistakes_are_told_in_words_with_exit_code_1(words: list[str], message: str, recipe: Path) -> None:
-    result = pocl(*[recipe if word == "RECIPE" else word for word in words])
+    damaged = recipe.with_name("damaged.jsonl")
+    damaged.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
+    result = pocl(*[{"RECIPE": recipe, "DAMAGED": damaged}.get(word, word) for word in words])
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
