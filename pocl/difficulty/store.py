@@ -190,11 +190,11 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
-                f"no space left to write {path.name} into {path.parent}; what was written before is kept: make room "
-                "and run the same command again",
+                f"no space left to write {path.name} into {path.parent} ({os.strerror(error.errno)}); what was written "
+                "before is kept: make room and run the same command again",
             ) from error
         raise
     except BaseException:

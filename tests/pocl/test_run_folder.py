@@ -64,6 +64,17 @@ def test_a_step_that_was_cut_off_keeps_what_it_wrote_and_runs_again(tmp_path: Pa
     assert log.go() == ["b"]
 
 
+def test_a_full_disk_is_told_as_the_step_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(context: Any) -> dict[str, str]:
+        # from now on nothing can be written, the manifest neither
+        monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        raise OSError(28, "no space left to write the scores: make room")
+
+    log, folder = Log(tmp_path), RunFolder(tmp_path)
+    with pytest.raises(OSError, match="make room"):
+        run_steps([Step("a", "", work, ["a"])], log, folder, log, Processes.current())  # type: ignore[arg-type]
+
+
 def test_leftovers_of_other_settings_are_removed(tmp_path: Path) -> None:
     log = Log(tmp_path)
     log.fail = "b"

@@ -204,7 +204,9 @@ def test_samples_of_other_ids_or_references_are_others_even_with_equal_tokens(
         _score(model, tiny_tokenizer, other, tmp_path / "one")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=errno.errorcode.get)
 def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
+    number: int,
     model: Any,
     tiny_tokenizer: Any,
     examples: Dataset,
@@ -216,7 +218,7 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
 
     def full(descriptor: int) -> None:
         if (folder / "shards" / "00002.parquet").exists():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         original(descriptor)
 
     with monkeypatch.context() as patch:
