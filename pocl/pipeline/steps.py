@@ -8,7 +8,7 @@ from pocl.pipeline.context import source_fingerprint
 from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
-from pocl.pipeline.training import curriculum_of, rank_samples, train_curriculum, warm_up
+from pocl.pipeline.training import curriculum_of, plans_cache, rank_samples, train_curriculum, warm_up
 from pocl.recipe import Recipe
 
 MODELS, DATA, CACHE, WARMUP, RANKING = "models", "data", "teacher-cache", "warm-up", "ranking"
@@ -59,7 +59,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             },
         ),
     ]
-    if recipe.teacher_cache.mode != "online":
+    if plans_cache(recipe):
         steps.append(
             Step(
                 CACHE,

@@ -101,6 +101,16 @@ def teacher_passes(recipe: Recipe, num_samples: int | None = None) -> float:
     return recipe.warmup.epochs + (rows / count if count else math.inf)
 
 
+def plans_cache(recipe: Recipe) -> bool:
+    """Whether the teacher's hidden states are to be stored; a disk without room may decide against it later."""
+    from pocl.teacher import choose_teacher
+
+    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
+    if mode == "auto":
+        return choose_teacher(teacher_passes(recipe), 0, 0, on_policy=on_policy).cached
+    return mode == "cached"
+
+
 def divergence_of(recipe: Recipe) -> Divergence:
     """The divergence that a recipe asks for, with its parameters; the skew comes from the stages."""
     from pocl_kernels import DIVERGENCES

@@ -267,11 +267,15 @@ def test_a_student_of_ones_own_and_a_single_stage_without_held_out_samples(
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
-def test_batches_may_hold_responses_that_the_student_samples(recipe: Path, tmp_path: Path) -> None:
-    words = ["--on_policy.share", "0.5", "--on_policy.max_new_tokens", "6", "--teacher_cache.mode", "cached"]
+@pytest.mark.parametrize(("mode", "cached"), [("cached", True), ("auto", False)])
+def test_batches_may_hold_responses_that_the_student_samples(
+    mode: str, cached: bool, recipe: Path, tmp_path: Path
+) -> None:
+    words = ["--on_policy.share", "0.5", "--on_policy.max_new_tokens", "6", "--teacher_cache.mode", mode]
     words += ["--warmup.epochs", "0", "--data.num_test", "0", "--training.metric", "loss"]
     result = pocl("distill", recipe, *words)
     assert result.exit_code == 0, result.output
+    assert ("teacher-cache" in manifest(tmp_path / "run")) is cached
     assert "50% of them with responses of the student's own" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
