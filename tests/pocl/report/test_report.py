@@ -110,6 +110,20 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(run_folder: Path) -> No
     assert "Results on held-out questions" in page
 
 
+def test_a_run_that_only_ranked_has_a_report_of_a_ranking(run_folder: Path) -> None:
+    for file in ("training/log.jsonl", *(f"evaluation/{path.name}" for path in (run_folder / "evaluation").iterdir())):
+        (run_folder / file).unlink()
+    write_report(run_folder)
+    text = (run_folder / "report" / "report.md").read_text()
+    assert text.startswith("# Ranking report: made up\n")
+    assert f"Here {COUNT} samples were ranked, and cut into 2 parts." in text
+    assert "teacher" not in text.split("##")[0]
+    write_text = (run_folder / "training" / "log.jsonl").write_text
+    write_text("".join(json.dumps(line) + "\n" for line in lines(20, 2)))
+    write_report(run_folder)
+    assert (run_folder / "report" / "report.md").read_text().startswith("# Distillation report: made up\n")
+
+
 def test_stages_are_read_off_the_log(run_folder: Path) -> None:
     first, second = Run.read(run_folder).stages()
     assert (first["first_step"], first["last_step"], first["num_samples"]) == (0, 10, 12)
