@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.embedded import EMBEDDED, cut_layers, question_answer_pairs
-from pocl.pipeline.context import SPLITS, Context, write_parquet
+from pocl.pipeline.context import SPLITS, Context, naming_folder, write_parquet
 from pocl.recipe import Recipe
 from pocl.split import hold_out
 
@@ -20,9 +20,9 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
     """Find the teacher, cut the student if there is none, and make sure that they speak the same tokens."""
     from pocl.heads import check_vocabularies
 
+    tokenizer = context.tokenizer()  # first, for it is small: a student that is not there is told at once
     teacher = context.teacher()
     recipe = context.recipe
-    tokenizer = context.tokenizer()
     if recipe.student.cut:
         import torch
 
@@ -55,7 +55,8 @@ def teacher_tokenizer(context: Context) -> Any:
 
     source, section = context.teacher_source(), context.recipe.teacher
     options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+    with naming_folder(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
 
 
 def num_parameters(model: Any) -> int:

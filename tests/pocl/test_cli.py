@@ -310,8 +310,12 @@ def test_a_plan_is_possible_where_the_data_cannot_be_reached(recipe: Path) -> No
         (["report", "nowhere"], "not the folder of a run"),
         (["distill", "RECIPE", "--data.source", "missing.jsonl"], "'missing.jsonl' does not exist"),
         (["distill", "RECIPE", "--data.source", "DAMAGED"], "damaged.jsonl cannot be read: line 2 is no JSON"),
+        (["distill", "RECIPE", "--student", "./nofolder"], "there is no folder './nofolder' here"),
         (
+            ["rank", "RECIPE", "--student", "nofolder", "--warmup.epochs", "0"],
+            "reached, and there is no folder 'nofolder'",
         ),
+        (["distill", "RECIPE", "--teacher", "org/none"], "reached, and there is no folder 'org/none' here"),
         (["distill", "RECIPE", "--data.num_test", "44"], "leave none to train on"),
     ],
 )
