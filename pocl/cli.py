@@ -5,6 +5,7 @@ Models, data sets and torch are imported by the commands that need them, so that
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -65,21 +66,28 @@ def distill(context: typer.Context, recipe: _RecipeArgument, dry_run: _DryRun = 
 def rank(context: typer.Context, recipe: _RecipeArgument, change: _Change = False, plot: _Plot = False) -> None:
     """Only rank the recipe's training samples by difficulty for its student.
 
-    Writes ranking/ranked.parquet in the run folder: prompts and responses with rank and subset, for any trainer. A
-    student of your own needs no teacher, unless the recipe warms it up or ranks by the teacher.
+    Writes ranking/ranked.parquet in the run folder: the rows of the data with rank and subset, for any trainer. A
+    student of your own needs no teacher, unless the recipe warms it up or ranks by the teacher. [dim]Further words
+    override the recipe: --student FOLDER --ranking.max_new_tokens 64[/dim]
     """
     _run(recipe, context.args, until="ranking", change=change, plot=plot)
 
 
 @app.command("cache-teacher", context_settings=_OVERRIDES)
 def cache_teacher(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
-    """Only run the recipe's teacher once over the training samples and keep its hidden states."""
+    """Only run the recipe's teacher once over the training samples and keep its hidden states.
+
+    [dim]Further words override the recipe: --teacher_cache.dtype bfloat16[/dim]
+    """
     _run(recipe, context.args, until="teacher-cache", change=change)
 
 
 @app.command(context_settings=_OVERRIDES)
 def evaluate(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
-    """Compare teacher, untrained and trained student of a finished run on its held-out samples."""
+    """Compare teacher, untrained and trained student of a finished run on its held-out samples.
+
+    [dim]Further words override the recipe: --evaluation.temperature 1[/dim]
+    """
     _run(recipe, context.args, until="evaluation", change=change, trained=True)
 
 
@@ -202,6 +210,7 @@ def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
 
 
 def _print_plan(recipe: Recipe, console: Console) -> None:

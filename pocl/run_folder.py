@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import yaml
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-_EDGE = 1 << 20  # bytes hashed at either end of a weight file: reading all of it would take longer than some runs
 
 
 class RunFolderError(ValueError):
@@ -54,21 +54,22 @@ def fingerprint(value: Any) -> str:
 def content_fingerprint(path: Path) -> str:
     """16 hex digits that stand for a file, or for the files below a folder, independent of place and time stamps.
 
-    Files of more than 2 MiB are represented by their size and the first and last MiB.
+    Every byte counts: weights that were merged or trained on keep their size and both ends.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)}:{size}:".encode())
-        with file.open("rb") as stream:
-            if size <= 2 * _EDGE:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(_EDGE))
-                stream.seek(-_EDGE, os.SEEK_END)
-                digest.update(stream.read())
+        stat = file.stat()
+        content = _file_digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        digest.update(f"{file.relative_to(path)}:{stat.st_size}:{content}:".encode())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _file_digest(file: Path, size: int, modified: int, inode: int) -> str:
+    """Of the content; a large file that is asked for twice with equal size, time and inode is read once."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -51,6 +51,7 @@ def documentation_folder(
 @pytest.mark.usefixtures("documentation_folder")
 # TRL 1.16 still says gradient_checkpointing where transformers 5.20 says activation_checkpointing.
 @pytest.mark.filterwarnings("ignore:.*(is_)?gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")  # where TRL keeps GKDTrainer
 @pytest.mark.parametrize("page", pages_with("python"), ids=relative)
 def test_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:

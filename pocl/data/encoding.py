@@ -164,7 +164,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, template: str, max_length: int, max_prompt_length: int) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError("tokenizer has no EOS token, so a response could not end; set tokenizer.eos_token")
+            raise ValueError(
+                "tokenizer has no EOS token, so a response could not end; set tokenizer.eos_token, or `eos_token` in "
+                "tokenizer_config.json of the student's folder"
+            )
         if max_length < 4 or max_prompt_length < 1:
             raise ValueError(
                 "max_length must be at least 4 and max_prompt_length at least 1, "

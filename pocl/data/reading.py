@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +39,20 @@ def load_examples(
         response).
 
     Raises:
-        ValueError: unknown format or file type, missing path, empty data, `limit < 1`.
+        ValueError: unknown format or file type, missing path, empty or damaged data (says where), `limit < 1`.
     """
-    from datasets import Dataset, Features, Value
-
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to take every example")
-    raw = _read(source, split, trust_remote_code, streaming)
-    first = next(iter(raw), None)
+    raw = read_rows(source, split, trust_remote_code=trust_remote_code, streaming=streaming)
+    return to_examples(raw, source, split=split, limit=limit)
+
+
+def to_examples(raw: Any, source: Any, *, split: str, limit: int | None = None) -> Dataset | IterableDataset:
+    """The examples in rows that `read_rows` gave; `source` and `split` name them in errors. See `load_examples`."""
+    from datasets import Dataset, Features, Value
+
+    with _naming_damage(source):  # a stream is read here for the first time
+        first = next(iter(raw), None)
     if first is None:
         raise ValueError(f"no examples in {_name(source)} (split {split!r}); it must hold at least one")
     columns = list(first)
@@ -58,22 +66,23 @@ def load_examples(
     options: dict[str, Any] = {"with_indices": True, "remove_columns": columns, "features": Features(features)}
     if not isinstance(raw, Dataset):
         return (raw if limit is None else raw.take(limit)).map(example, **options)
-    return (raw if limit is None else raw.select(range(min(limit, len(raw))))).map(
-        example,
-        desc="reading examples",
-        # Without a given fingerprint datasets would pickle the converter; without a cache no stale file can come back.
-        new_fingerprint=f"{raw._fingerprint}-pocl-examples",
-        load_from_cache_file=False,
-        **options,
-    )
+    with _naming_damage(source):
+        return (raw if limit is None else raw.select(range(min(limit, len(raw))))).map(
+            example,
+            desc="reading examples",
+            # Without a given fingerprint datasets would pickle the converter; without a cache no stale file comes back.
+            new_fingerprint=f"{raw._fingerprint}-pocl-examples",
+            load_from_cache_file=False,
+            **options,
+        )
 
 
 def _name(source: Any) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
 
 
-def _read(source: Any, split: str, trust_remote_code: bool, streaming: bool) -> Any:
-    """The raw rows, as a `Dataset` or an `IterableDataset`."""
+def read_rows(source: Any, split: str, *, trust_remote_code: bool = False, streaming: bool = False) -> Any:
+    """The rows of a source as they are, as a `Dataset` or an `IterableDataset`; see `load_examples`."""
     import datasets
 
     if isinstance(source, datasets.IterableDataset):
@@ -87,14 +96,60 @@ def _read(source: Any, split: str, trust_remote_code: bool, streaming: bool) -> 
     if path.is_file():
         if path.suffix not in _LOADERS:
             raise ValueError(f"source {str(path)!r} has type {path.suffix!r}; readable types: {', '.join(_LOADERS)}")
-        loaded = datasets.load_dataset(_LOADERS[path.suffix], data_files=str(path), streaming=streaming)
+        loaded = _load(path, _LOADERS[path.suffix], data_files=str(path), streaming=streaming)
         return _pick_split(loaded, split, str(path))
     if path.is_dir():
         return _read_folder(path, split, streaming)
     if path.suffix in _LOADERS or path.is_absolute() or str(source).startswith("."):
         raise ValueError(f"source {str(source)!r} does not exist; give a hub id, a file, a folder or a Dataset")
     extra = {"trust_remote_code": True} if trust_remote_code else {}
-    return datasets.load_dataset(str(source), split=split, streaming=streaming, **extra)
+    return _load(path, str(source), split=split, streaming=streaming, **extra)
+
+
+def _load(path: Path, *words: str, **options: Any) -> Any:
+    """`datasets.load_dataset`, for the file, the folder or the hub id `path`."""
+    import datasets
+
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty (0 bytes); write examples into it, or name another source")
+    with _naming_damage(path):
+        return datasets.load_dataset(*words, **options)
+
+
+@contextlib.contextmanager
+def _naming_damage(source: Any) -> Iterator[None]:
+    """What loaders raise for a damaged file becomes a `ValueError` with the file and, if it can be told, the line."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        if isinstance(cause, OSError):  # no room for the cache of `datasets`, say
+            raise cause from None
+        path = Path(_name(source))
+        if isinstance(error, ValueError) and not path.exists():  # there is no file to blame
+            raise
+        why = _damage(path) or str(cause).strip().rstrip(".") or "it holds no rows"
+        why = "it holds no rows" if why.endswith("corresponds to no data!") else why
+        raise ValueError(f"{path} cannot be read: {why}; mend the file, or get it again") from error
+
+
+def _damage(path: Path) -> str:
+    """Which line of which file is damaged, as far as that can be told."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        name = f"{file.relative_to(path)}: " if file != path else ""
+        if file.suffix in _LOADERS and not file.stat().st_size:
+            return f"{name}it is empty (0 bytes)"
+        if file.suffix == ".jsonl":  # loaders count from the start of a block, not of the file
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        json.loads(line if line.strip() else b"0")
+                    except ValueError as error:
+                        why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                        return f"{name}line {number} is no JSON, or was cut off ({why})"
+    return ""
 
 
 def _from_rows(rows: Iterable[Mapping[str, Any]]) -> Dataset:
@@ -107,7 +162,7 @@ def _read_folder(path: Path, split: str, streaming: bool) -> Any:
     import datasets
 
     if not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        return _pick_split(datasets.load_dataset(str(path), streaming=streaming), split, str(path))
+        return _pick_split(_load(path, str(path), streaming=streaming), split, str(path))
     stored = datasets.load_from_disk(str(path))  # memory-mapped
     found = stored if isinstance(stored, datasets.Dataset) else _pick_split(stored, split, str(path))
     return found.to_iterable_dataset() if streaming else found

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoreError(ValueError):
-    """The folder holds scores of something else; the message says what differs."""
+    """The folder holds scores of something else, or nobody can tell of what; the message says what to do."""
 
 
 class ShardStore:
@@ -53,19 +53,27 @@ class ShardStore:
             What was found out by the run that made the folder.
 
         Raises:
-            StoreError: the folder belongs to another model, tokenizer or settings; names them.
+            StoreError: the folder belongs to another model, tokenizer or settings; names them. Or its manifest is
+                damaged.
         """
         path = self.folder / "manifest.json"
+        self.shards.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if changed := differences(stored["run"], json.loads(json.dumps(run))):
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                known, kept = dict(stored["run"]), dict(stored["found"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"{path} is not readable ({type(error).__name__}: {error}), so nobody can tell what the scores "
+                    f"beside it belong to: choose another output_dir, or remove {self.folder} to score again"
+                ) from None
+            if changed := differences(known, json.loads(json.dumps(run))):
                 listing = "\n  ".join(changed)
                 raise StoreError(
                     f"{self.folder} holds scores of another run:\n  {listing}\n"
                     "Choose another output_dir, or remove this one to score again"
                 )
-            return dict(stored["found"])
-        self.shards.mkdir(parents=True, exist_ok=True)
+            return kept
         content = {"run": dict(run), "found": dict(found)}
         _write(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
         return content["found"]
@@ -190,11 +198,11 @@ def _write(path: Path, write: Callable[[Any], Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
-                f"no space left to write {path.name} into {path.parent}; what was written before is kept: make room "
-                "and run the same command again",
+                f"no space left to write {path.name} into {path.parent} ({os.strerror(error.errno)}); what was written "
+                "before is kept: make room and run the same command again",
             ) from error
         raise
     except BaseException:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +75,14 @@ class Context:
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, section.dtype),
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,  # no pickled weights, whoever uploaded them
-            **options,
-        )
+        with naming_folder(source):
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=getattr(torch, section.dtype),
+                trust_remote_code=section.trust_remote_code,
+                use_safetensors=True,  # no pickled weights, whoever uploaded them
+                **options,
+            )
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def load_student(self, source: str) -> Any:
@@ -93,7 +95,8 @@ class Context:
         source = student.model or self.teacher_source()
         section: TeacherSection | StudentSection = student if student.model else self.recipe.teacher
         options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+        with naming_folder(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -126,6 +129,23 @@ class Context:
         if key not in self._loaded:
             self._loaded[key] = make()
         return self._loaded[key]
+
+
+@contextlib.contextmanager
+def naming_folder(source: str) -> Iterator[None]:
+    """Loading a model that is neither in a folder nor to be had from the hub ends in an error that says both."""
+    missing = (
+        f"there is no folder {source!r} here (in {Path.cwd()}); "
+        "give the folder of a model, or a hub id such as gpt2 or Qwen/Qwen2.5-0.5B"
+    )
+    if not Path(source).is_dir() and (source.startswith((".", "~")) or Path(source).is_absolute()):  # never a hub id
+        raise ValueError(missing)
+    try:
+        yield
+    except OSError as error:
+        if Path(source).is_dir() or "couldn't connect" not in str(error):
+            raise
+        raise OSError(f"the hub cannot be reached, and {missing}") from error
 
 
 def read_parquet(path: Path) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,8 @@ def run_steps(
             summary = _do(step, context, processes)
         except BaseException:
             if processes.rank == 0:
-                folder.pause(step.name, seconds=time.perf_counter() - started)
+                with contextlib.suppress(OSError):  # a disk that is full: what failed first is what to tell
+                    folder.pause(step.name, seconds=time.perf_counter() - started)
             raise
         finally:
             context.release()

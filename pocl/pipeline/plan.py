@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocl.pipeline.steps import build_steps
-from pocl.pipeline.training import curriculum_of, divergence_parameters, scales_by_temperature, teacher_passes
+from pocl.pipeline.training import (
+    curriculum_of,
+    divergence_parameters,
+    plans_cache,
+    scales_by_temperature,
+    teacher_passes,
+)
 from pocl.recipe import Recipe
 
 
@@ -46,7 +52,7 @@ def plan(recipe: Recipe) -> Plan:
             count = len(train)
             some = train.select(range(min(count, 1000)))
             texts = (prompt + response for prompt, response in zip(some["prompt"], some["response"], strict=True))
-            seconds = seconds_per_step(recipe, texts, cached=_is_cached(recipe))
+            seconds = seconds_per_step(recipe, texts, cached=plans_cache(recipe))
     except ConnectionError:
         unread = "they are not on this machine, and a plan fetches nothing"
     except Exception as error:  # whatever a file or a loader may raise: a plan is possible without
@@ -61,7 +67,8 @@ def plan(recipe: Recipe) -> Plan:
         row |= {"time": f"~{row['time']}"} if "time" in row else {}
         stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}
     return Plan(
-        [(step.name, step.why) for step in build_steps(recipe)],
+        # a plan need not read every byte of the models
+        [(step.name, step.why) for step in build_steps(recipe, content=lambda *_: "")],
         stages,
         count,
         unread,
@@ -77,19 +84,13 @@ def _loss(recipe: Recipe) -> str:
 
 
 def _teacher(recipe: Recipe) -> str:
-    cached, on_policy = _is_cached(recipe), recipe.on_policy.share > 0
+    cached, on_policy = plans_cache(recipe), recipe.on_policy.share > 0
     passes = teacher_passes(recipe)
     rounds = f"{passes:.3g} passes over the samples" if math.isfinite(passes) else "steps of all stages"
     teacher = f"runs once, its hidden states serve all {rounds}" if cached else f"runs at every step, {rounds}"
     if on_policy and cached:
         teacher += ", and again for responses that the student samples"
     return teacher
-
-
-def _is_cached(recipe: Recipe) -> bool:
-    """What is planned; a disk without room may decide against it later."""
-    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
-    return mode == "cached" or (mode == "auto" and teacher_passes(recipe) > 1 and not on_policy)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.embedded import EMBEDDED, cut_layers, question_answer_pairs
-from pocl.pipeline.context import SPLITS, Context, write_parquet
+from pocl.pipeline.context import SPLITS, Context, naming_folder, write_parquet
 from pocl.recipe import Recipe
 from pocl.split import hold_out
 
@@ -20,9 +20,9 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
     """Find the teacher, cut the student if there is none, and make sure that they speak the same tokens."""
     from pocl.heads import check_vocabularies
 
+    tokenizer = context.tokenizer()  # first, for it is small: a student that is not there is told at once
     teacher = context.teacher()
     recipe = context.recipe
-    tokenizer = context.tokenizer()
     if recipe.student.cut:
         import torch
 
@@ -55,7 +55,8 @@ def teacher_tokenizer(context: Context) -> Any:
 
     source, section = context.teacher_source(), context.recipe.teacher
     options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+    with naming_folder(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
 
 
 def num_parameters(model: Any) -> int:
@@ -70,7 +71,8 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
     """Read, split and check the examples; those without a prompt or a response are dropped and counted."""
     counts: dict[str, int] = {}
     reports: dict[str, str] = {}
-    for split, examples in split_examples(context.recipe).items():
+    source = read_source(context.recipe)
+    for split, examples in split_examples(context.recipe, source).items():
         kept = examples
         if len(examples):
             rows, report = context.tokenize(examples)
@@ -80,6 +82,13 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
             context.say(f"{split}: {report}")
         counts[split] = len(kept)
         write_parquet(kept, context.path / "data" / f"{split}.parquet")
+        if split == "train":  # the same rows with all their columns, which the ranking carries on
+            rows = storable(source)
+            if missing := [name for name in source.column_names if name not in rows.column_names]:
+                context.say(
+                    f"train: the ranking goes without {', '.join(missing)}, empty dicts, which Parquet cannot hold"
+                )
+            write_parquet(rows.select(list(kept["id"])), context.path / "data" / "train-source.parquet")
     stages = context.recipe.curriculum.num_stages
     if counts["train"] < stages:
         raise ValueError(
@@ -90,14 +99,42 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
     return {"counts": counts, "reports": reports, "note": f"{note}; equal prompts stay on one side."}
 
 
-def split_examples(recipe: Recipe) -> dict[str, Dataset]:
+def read_source(recipe: Recipe) -> Dataset:
+    """The rows of `data.source` as they are; reads files or the hub."""
+    data = recipe.data
+    rows: Dataset = _read(data.source, data.split, data.trust_remote_code)
+    return rows
+
+
+def storable(rows: Dataset) -> Dataset:
+    """Rows without the columns that Parquet has no form for: those that hold an empty dict in every row."""
+    import pyarrow.types
+
+    def has_form(kind: Any) -> bool:
+        fields = [kind.field(i).type for i in range(kind.num_fields)]
+        return all(map(has_form, fields)) and not (pyarrow.types.is_struct(kind) and not fields)
+
+    schema = rows.features.arrow_schema
+    return rows.remove_columns([field.name for field in schema if not has_form(field.type)])
+
+
+def split_examples(recipe: Recipe, source: Dataset | None = None) -> dict[str, Dataset]:
     """The examples of train, validation and test, as the recipe's data section says; reads files or the hub.
+
+    Args:
+        recipe: what to do.
+        source: what `read_source` gave; read when left out.
+
+    Returns:
+        What `load_examples` gives. An `id` of `train` is a row of `source`.
 
     Raises:
         ValueError: unreadable or empty data (see `pocl.data.load_examples`), or nothing left to train on.
     """
+    from pocl.data.reading import to_examples
+
     data = recipe.data
-    whole = _load(data.source, data.split, data.trust_remote_code)
+    whole: Any = to_examples(read_source(recipe) if source is None else source, data.source, split=data.split)
     named = {
         "validation": (data.validation, data.validation_split, data.num_validation),
         "test": (data.test, data.test_split, data.num_test),
@@ -107,25 +144,27 @@ def split_examples(recipe: Recipe) -> dict[str, Dataset]:
     chosen = dict(zip(held_out, parts, strict=False))
     train = sorted(parts[-1][: data.num_train])
     found = {"train": whole.select(train)}
-    for name, (source, split, size) in named.items():
-        if source is None:
+    for name, (other, split, size) in named.items():
+        if other is None:
             found[name] = whole.select(chosen[name])
         elif size == 0:
             found[name] = whole.select([])
         else:
-            found[name] = _load(source, split, data.trust_remote_code, size)
+            rows = _read(other, split, data.trust_remote_code)
+            part: Any = to_examples(rows, other, split=split, limit=size)
+            found[name] = part
     return found
 
 
-def _load(source: str, split: str, trust_remote_code: bool, limit: int | None = None) -> Dataset:
+def _read(source: str, split: str, trust_remote_code: bool) -> Any:
     from datasets import Dataset
 
-    from pocl.data import load_examples
+    from pocl.data.reading import read_rows
 
     data: Any = Dataset.from_list(question_answer_pairs()) if source == EMBEDDED else source
     # A single file has one split, and `datasets` calls it train.
     split = "train" if Path(source).is_file() else split
-    return load_examples(data, split=split, limit=limit, trust_remote_code=trust_remote_code)
+    return read_rows(data, split, trust_remote_code=trust_remote_code)
 
 
 def cache_teacher(context: Context) -> Mapping[str, Any]:

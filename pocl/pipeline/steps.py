@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pocl.pipeline.context import source_fingerprint
 from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
-from pocl.pipeline.training import curriculum_of, rank_samples, train_curriculum, warm_up
+from pocl.pipeline.training import curriculum_of, plans_cache, rank_samples, train_curriculum, warm_up
 from pocl.recipe import Recipe
 
 MODELS, DATA, CACHE, WARMUP, RANKING = "models", "data", "teacher-cache", "warm-up", "ranking"
 TRAINING, EVALUATION, REPORT = "training", "evaluation", "report"
 
 
-def build_steps(recipe: Recipe) -> list[Step]:
-    """Models, data, teacher cache (if used), warm-up (if any), ranking, training, evaluation, report."""
+def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerprint) -> list[Step]:
+    """Models, data, teacher cache (if used), warm-up (if any), ranking, training, evaluation, report.
+
+    Args:
+        recipe: what to do.
+        content: gives what stands for the content of a model (name, revision) or of a data set (name).
+    """
     values = recipe.model_dump(mode="json")
     seed = {"seed": recipe.seed}
-    student_content = recipe.student.model and source_fingerprint(recipe.student.model, recipe.student.revision)
+    student_content = recipe.student.model and content(recipe.student.model, recipe.student.revision)
     # A student of one's own brings its tokenizer: its samples can be read and ranked before a teacher is there.
     own = recipe.student.model is not None
     before = [MODELS, DATA]
@@ -29,7 +36,7 @@ def build_steps(recipe: Recipe) -> list[Step]:
             outputs=["student-initial"] if recipe.student.cut else [],
             settings={
                 **_part(values, "teacher", "student"),
-                "teacher_content": source_fingerprint(recipe.teacher.model, recipe.teacher.revision),
+                "teacher_content": content(recipe.teacher.model, recipe.teacher.revision),
                 "student_content": student_content,
             },
         ),
@@ -43,15 +50,16 @@ def build_steps(recipe: Recipe) -> list[Step]:
                 **_part(values, "data"),
                 **seed,
                 "tokenizer": student_content,
+                "columns": "all",  # of the training rows are kept; a folder from before that has none to carry on
                 "content": {
-                    key: source_fingerprint(source)
+                    key: content(source)
                     for key in ("source", "validation", "test")
                     if (source := getattr(recipe.data, key))
                 },
             },
         ),
     ]
-    if recipe.teacher_cache.mode != "online":
+    if plans_cache(recipe):
         steps.append(
             Step(
                 CACHE,

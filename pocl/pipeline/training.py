@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 
 WARM_UP = "warm-up"
+# What a ranking may add to the columns of the data, besides the rank under each criterion, `rank_<column>`.
+RANKING_COLUMNS = frozenset(
+    {
+        "sample_id",
+        "cross_entropy",
+        "teacher_cross_entropy",
+        "kl_to_teacher",
+        "rouge_l",
+        "student_response",
+        "num_tokens",
+        "rank",
+        "rrf_score",
+        "subset",
+    }
+)
 SCALED_BY_AUTHORS = frozenset({"fkl", "jsd", "skew_rkl"})  # by T^2, in the code of the paper's authors
 
 
@@ -84,6 +99,16 @@ def teacher_passes(recipe: Recipe, num_samples: int | None = None) -> float:
     steps = sum(stage.max_steps or 0 for stage in curriculum.stages)
     rows = steps * recipe.training.batch_size * recipe.training.gradient_accumulation_steps
     return recipe.warmup.epochs + (rows / count if count else math.inf)
+
+
+def plans_cache(recipe: Recipe) -> bool:
+    """Whether the teacher's hidden states are to be stored; a disk without room may decide against it later."""
+    from pocl.teacher import choose_teacher
+
+    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
+    if mode == "auto":
+        return choose_teacher(teacher_passes(recipe), 0, 0, on_policy=on_policy).cached
+    return mode == "cached"
 
 
 def divergence_of(recipe: Recipe) -> Divergence:
@@ -185,13 +210,26 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
         # `response` is the reference in a data set that other trainers read: the student's answer gets another name
         ranked = ranked.rename_column("response", "student_response")
     order = {number: row for row, number in enumerate(examples["id"])}
-    chosen = examples.select([order[number] for number in ranked["sample_id"]]).remove_columns("id")
-    write_parquet(concatenate_datasets([ranked, chosen], axis=1), context.path / "ranking" / "ranked.parquet")
+    source = read_parquet(context.path / "data" / "train-source.parquet")
+    source = source.select([order[number] for number in ranked["sample_id"]])
+    source = source.rename_columns(names_beside_ranking(source.column_names))
+    write_parquet(concatenate_datasets([source, ranked], axis=1), context.path / "ranking" / "ranked.parquet")
     easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
     return {
         "note": f"Mean cross-entropy {easiest:.2f} in the easiest part, {hardest:.2f} in the hardest; "
         f"{context.path / 'ranking' / 'ranked.parquet'}"
     }
+
+
+def names_beside_ranking(columns: Sequence[str]) -> dict[str, str]:
+    """What the columns of the data are called in the ranked table: `source_rank` where the ranking has a `rank`."""
+    names: dict[str, str] = {}
+    for column in columns:
+        name = column
+        while name in RANKING_COLUMNS or name.startswith("rank_") or (name != column and name in columns):
+            name = f"source_{name}"
+        names[column] = name
+    return names
 
 
 def _mean(ranked: Dataset, part: int) -> float:

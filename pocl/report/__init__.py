@@ -27,7 +27,7 @@ def write_report(run_folder: str | Path) -> Path:
     run = Run.read(Path(run_folder))
     folder = run.path / "report"
     folder.mkdir(exist_ok=True)
-    document = Document(f"Distillation report: {run.recipe['name']}")
+    document = Document(f"{'Ranking' if _only_ranks(run) else 'Distillation'} report: {run.recipe['name']}")
     document.add(Paragraph(_summary(run)))
     for section in (_results, _difficulty, _stages, _answers, _work):
         section(run, folder, document)
@@ -62,7 +62,16 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _only_ranks(run: Run) -> bool:
+    return bool(run.ranked) and not run.log and not run.results
+
+
 def _summary(run: Run) -> str:
+    if _only_ranks(run):
+        return (
+            "pocl ranks training samples from easy to hard, as a small language model, the student, finds them. "
+            f"Here {len(run.ranked['rank'])} samples were ranked, and cut into {len(set(run.ranked['subset']))} parts."
+        )
     sizes = run.parameters
     text = "pocl trains a small language model, the student, to give the answers of a large one, the teacher. "
     if sizes:

@@ -27,7 +27,7 @@ class Run:
     steps: Mapping[str, Mapping[str, Any]]
     """Manifest entries by step."""
     ranked: Mapping[str, Sequence[Any]]
-    """Columns of ranking/ranked.parquet."""
+    """Columns of ranking/ranked.parquet, with `prompt` and `response` as they were ranked."""
     test: Mapping[str, Sequence[Any]]
     """Columns of data/test.parquet."""
     results: Mapping[str, Mapping[str, Any]]
@@ -53,7 +53,7 @@ class Run:
             path=path,
             recipe=yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")),
             steps=json.loads((path / "manifest.json").read_text(encoding="utf-8"))["steps"],
-            ranked=_columns(path / "ranking" / "ranked.parquet"),
+            ranked=_ranked(path),
             test=_columns(path / "data" / "test.parquet"),
             results={key: json.loads(f.read_text(encoding="utf-8")) for key, f in files.items() if f.is_file()},
             warmup_log=[x for x in read_log(path / "warmup" / "log.jsonl") if "divergence" in x],
@@ -94,6 +94,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return entries
+
+
+def _ranked(path: Path) -> dict[str, list[Any]]:
+    """The ranking with the texts of its samples, whatever columns the data has."""
+    table, texts = _columns(path / "ranking" / "ranked.parquet"), _columns(path / "data" / "train.parquet")
+    if not table or not texts:
+        return {}
+    row_of = {number: row for row, number in enumerate(texts["id"])}
+    rows = [row_of[number] for number in table["sample_id"]]
+    return table | {name: [texts[name][row] for row in rows] for name in ("prompt", "response")}
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:

@@ -184,14 +184,14 @@ def test_rank_alone_writes_a_data_set_that_other_trainers_can_use(recipe: Path, 
     result = pocl("rank", recipe, "--warmup.epochs", "0", "--teacher_cache.mode", "online")
     assert result.exit_code == 0, result.output
     table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet")
-    assert {"prompt", "response", "student_response", "rank", "subset", "cross_entropy", "rouge_l"} <= set(
+    assert {"instruction", "input", "output", "student_response", "rank", "subset", "cross_entropy", "rouge_l"} <= set(
         table.column_names
     )
     assert sorted(table["rank"]) == list(range(1, len(table) + 1))
     assert set(table["subset"]) == {0, 1}
     lines = (tmp_path / "pairs.jsonl").read_text().splitlines()
     pairs = {row["instruction"]: row["output"] for row in map(json.loads, lines)}
-    assert all(pairs[prompt] == answer for prompt, answer in zip(table["prompt"], table["response"], strict=True))
+    assert all(pairs[prompt] == answer for prompt, answer in zip(table["instruction"], table["output"], strict=True))
     assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking"]
 
 
@@ -238,7 +238,7 @@ def test_plot_draws_the_ranking_and_prints_both_its_ends(recipe: Path, tmp_path:
     from pocl.pipeline.context import read_parquet
 
     table = read_parquet(tmp_path / "run" / "ranking" / "ranked.parquet").to_dict()
-    ends = [table["prompt"][table["rank"].index(r)] for r in (1, 2, 3, 4, 5, 34, 35, 36, 37, 38)]
+    ends = [table["instruction"][table["rank"].index(r)] for r in (1, 2, 3, 4, 5, 34, 35, 36, 37, 38)]
     assert all(f"question: {prompt}" in result.output for prompt in ends)
     assert (tmp_path / "run" / "report" / "difficulty.png").stat().st_size > 5_000
     assert f"Report:   {tmp_path / 'run' / 'report' / 'index.html'}" in result.output
@@ -267,11 +267,15 @@ def test_a_student_of_ones_own_and_a_single_stage_without_held_out_samples(
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
-def test_batches_may_hold_responses_that_the_student_samples(recipe: Path, tmp_path: Path) -> None:
-    words = ["--on_policy.share", "0.5", "--on_policy.max_new_tokens", "6", "--teacher_cache.mode", "cached"]
+@pytest.mark.parametrize(("mode", "cached"), [("cached", True), ("auto", False)])
+def test_batches_may_hold_responses_that_the_student_samples(
+    mode: str, cached: bool, recipe: Path, tmp_path: Path
+) -> None:
+    words = ["--on_policy.share", "0.5", "--on_policy.max_new_tokens", "6", "--teacher_cache.mode", mode]
     words += ["--warmup.epochs", "0", "--data.num_test", "0", "--training.metric", "loss"]
     result = pocl("distill", recipe, *words)
     assert result.exit_code == 0, result.output
+    assert ("teacher-cache" in manifest(tmp_path / "run")) is cached
     assert "50% of them with responses of the student's own" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
@@ -305,11 +309,20 @@ def test_a_plan_is_possible_where_the_data_cannot_be_reached(recipe: Path) -> No
         (["cache-teacher", "RECIPE", "--teacher_cache.mode", "online"], "set teacher_cache.mode to cached"),
         (["report", "nowhere"], "not the folder of a run"),
         (["distill", "RECIPE", "--data.source", "missing.jsonl"], "'missing.jsonl' does not exist"),
+        (["distill", "RECIPE", "--data.source", "DAMAGED"], "damaged.jsonl cannot be read: line 2 is no JSON"),
+        (["distill", "RECIPE", "--student", "./nofolder"], "there is no folder './nofolder' here"),
+        (
+            ["rank", "RECIPE", "--student", "nofolder", "--warmup.epochs", "0"],
+            "reached, and there is no folder 'nofolder'",
+        ),
+        (["distill", "RECIPE", "--teacher", "org/none"], "reached, and there is no folder 'org/none' here"),
         (["distill", "RECIPE", "--data.num_test", "44"], "leave none to train on"),
     ],
 )
 def test_mistakes_are_told_in_words_with_exit_code_1(words: list[str], message: str, recipe: Path) -> None:
-    result = pocl(*[recipe if word == "RECIPE" else word for word in words])
+    damaged = recipe.with_name("damaged.jsonl")
+    damaged.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
+    result = pocl(*[{"RECIPE": recipe, "DAMAGED": damaged}.get(word, word) for word in words])
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
@@ -344,4 +357,7 @@ def test_empty_responses_are_dropped_and_counted(recipe: Path, tmp_path: Path) -
 )
 def test_every_command_has_help(command: str) -> None:
     assert command in pocl("--help").output
-    assert pocl(command, "--help").exit_code == 0
+    result = pocl(command, "--help")
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())  # lines are broken to the terminal's width
+    assert ("Further words override the recipe: --" in text) is (command not in ("report", "bench", "keys"))

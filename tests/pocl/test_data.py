@@ -101,6 +101,49 @@ def test_a_file_of_unknown_type_names_the_readable_types(tmp_path: Path) -> None
         load_examples(tmp_path / "pairs.txt")
 
 
+_LINE = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.jsonl", "", r"pairs.jsonl is empty \(0 bytes\)"),
+        ("pairs.parquet", "", r"pairs.parquet is empty \(0 bytes\)"),
+        (
+            "pairs.jsonl",
+            _LINE * 9 + _LINE[:25],
+            "pairs.jsonl cannot be read: line 10 is no JSON, or was cut off .*colum",
+        ),
+        ("pairs.jsonl", _LINE + "\n" + "{bad\n" + _LINE, "pairs.jsonl cannot be read: line 3 is no JSON"),
+        ("pairs.jsonl", _LINE + "1\n", "pairs.jsonl cannot be read: .*; mend the file, or get it again"),
+        ("pairs.csv", "prompt,completion\na,b\nc,d,e,f\n", "pairs.csv cannot be read: .*line 3"),
+        ("folder/train.jsonl", _LINE[:25], "folder cannot be read: train.jsonl: line 1 is no JSON"),
+        ("folder/train.jsonl", "", "folder cannot be read: train.jsonl: it is empty"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_place(
+    name: str, content: str, message: str, streaming: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / name).write_text(content)
+    source = tmp_path / name if "/" not in name else tmp_path / "folder"
+    with pytest.raises(ValueError, match=message):
+        load_examples(source, streaming=streaming)
+
+
+def test_a_disk_without_room_for_the_loader_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets.exceptions import DatasetGenerationError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise DatasetGenerationError from OSError(28, "No space left on device")
+
+    (tmp_path / "pairs.jsonl").write_text(_LINE)
+    monkeypatch.setattr("datasets.load_dataset", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_examples(tmp_path / "pairs.jsonl")
+
+
 def test_a_missing_split_names_the_splits_there_are(tmp_path: Path, tiny_pairs: list[dict[str, str]]) -> None:
     Dataset.from_list(tiny_pairs).to_json(tmp_path / "pairs.jsonl")
     with pytest.raises(ValueError, match=r"split 'test' is not in .*; it has train"):

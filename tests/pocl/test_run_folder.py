@@ -64,6 +64,17 @@ def test_a_step_that_was_cut_off_keeps_what_it_wrote_and_runs_again(tmp_path: Pa
     assert log.go() == ["b"]
 
 
+def test_a_full_disk_is_told_as_the_step_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(context: Any) -> dict[str, str]:
+        # from now on nothing can be written, the manifest neither
+        monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        raise OSError(28, "no space left to write the scores: make room")
+
+    log, folder = Log(tmp_path), RunFolder(tmp_path)
+    with pytest.raises(OSError, match="make room"):
+        run_steps([Step("a", "", work, ["a"])], log, folder, log, Processes.current())  # type: ignore[arg-type]
+
+
 def test_leftovers_of_other_settings_are_removed(tmp_path: Path) -> None:
     log = Log(tmp_path)
     log.fail = "b"
@@ -130,9 +141,21 @@ def test_content_fingerprints_see_contents_not_places(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_text(tmp_path / name / "weights.bin", "a" * (3 << 20))
     assert content_fingerprint(tmp_path / "one") == content_fingerprint(tmp_path / "two")
-    for changed in ("a" * (3 << 20) + "b", "b" + "a" * ((3 << 20) - 1), "a" * ((3 << 20) - 1) + "b"):
+    middle = "a" * (3 << 19) + "b" + "a" * ((3 << 19) - 1)  # a merged adapter: same size, same ends
+    for changed in ("a" * (3 << 20) + "b", "b" + "a" * ((3 << 20) - 1), "a" * ((3 << 20) - 1) + "b", middle):
         write_text(tmp_path / "two" / "weights.bin", changed)
         assert content_fingerprint(tmp_path / "one") != content_fingerprint(tmp_path / "two")
+
+
+def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "weights.bin"
+    write_text(file, "a")
+    first = content_fingerprint(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: pytest.fail("read again"))
+        assert content_fingerprint(file) == first
+    write_text(file, "b")
+    assert content_fingerprint(file) != first
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

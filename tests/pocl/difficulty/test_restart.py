@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pocl.data import load_examples
 from pocl.difficulty import score
 from pocl.difficulty.processes import Processes
 from pocl.difficulty.scoring import Scorer
+from pocl.difficulty.store import ShardStore, StoreError
 from pocl.generation import GenerationSettings
 
 SETTINGS = GenerationSettings(max_new_tokens=8)
@@ -204,7 +206,25 @@ def test_samples_of_other_ids_or_references_are_others_even_with_equal_tokens(
         _score(model, tiny_tokenizer, other, tmp_path / "one")
 
 
+@pytest.mark.parametrize("content", ['{"run": ', "{}", "[]", '{"run": 1, "found": {}}', "\xff"])
+def test_a_manifest_that_cannot_be_read_is_refused_with_what_to_do(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content, encoding="latin-1")
+    with pytest.raises(StoreError, match=rf"manifest.json is not readable .* remove {tmp_path} to score again"):
+        ShardStore(tmp_path).open({"model": 1}, {})
+
+
+def test_scores_that_were_removed_are_scored_again(
+    model: Any, tiny_tokenizer: Any, examples: Dataset, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    _score(model, tiny_tokenizer, examples, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "shards")
+    _score(model, tiny_tokenizer, examples, tmp_path / "one")
+    assert _bytes(tmp_path / "one") == whole
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG], ids=errno.errorcode.get)
 def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
+    number: int,
     model: Any,
     tiny_tokenizer: Any,
     examples: Dataset,
@@ -216,7 +236,7 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_written(
 
     def full(descriptor: int) -> None:
         if (folder / "shards" / "00002.parquet").exists():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         original(descriptor)
 
     with monkeypatch.context() as patch:

@@ -158,7 +158,7 @@ def test_duplicate_ids_are_refused_in_tables_and_in_streams(
 def test_a_tokenizer_without_an_end_token_is_refused(model: Any, tiny_tokenizer: Any, examples: Dataset) -> None:
     bare = copy.deepcopy(tiny_tokenizer)
     bare.eos_token = None
-    with pytest.raises(ValueError, match="tokenizer has no EOS token"):
+    with pytest.raises(ValueError, match="tokenizer has no EOS token.*`eos_token` in tokenizer_config.json"):
         _score(model, bare, examples)
 
 

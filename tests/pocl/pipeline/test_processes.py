@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pocl.pipeline import run
+from pocl.pipeline.context import read_parquet
 from pocl.recipe import Recipe, build_recipe
 
 
@@ -36,7 +37,10 @@ def recipe_of(
 
 
 def test_two_processes_rank_a_recipe_as_one_does(
-    recipe_of: Callable[..., Recipe], start_processes: Callable[..., list[Any]], tmp_path: Path
+    recipe_of: Callable[..., Recipe],
+    start_processes: Callable[..., list[Any]],
+    tmp_path: Path,
+    tiny_pairs: list[dict[str, str]],
 ) -> None:
     options = {"num_validation": 0, "num_test": 0}
     run(recipe_of("one", **options), until="ranking")
@@ -46,6 +50,8 @@ def test_two_processes_rank_a_recipe_as_one_does(
     for name in ("ranked", "scores"):
         one, two = (tmp_path / folder / "ranking" / f"{name}.parquet" for folder in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+    ranked = read_parquet(tmp_path / "two" / "ranking" / "ranked.parquet")
+    assert ranked["output"][:] == [(tiny_pairs * 4)[number]["output"] for number in ranked["sample_id"]]
     assert len(list((tmp_path / "two" / "ranking" / "shards").iterdir())) == 2
     steps = json.loads((tmp_path / "two" / "manifest.json").read_text())["steps"]
     assert {name: step["state"] for name, step in steps.items()} == {"data": "finished", "ranking": "finished"}

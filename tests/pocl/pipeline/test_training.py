@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pocl.pipeline import training
+from pocl.pipeline import plan, training
 from pocl.pipeline.context import write_parquet
+from pocl.pipeline.steps import build_steps
 from pocl.pipeline.training import curriculum_of, divergence_of, teacher_passes
 from pocl.recipe import Recipe, build_recipe
 from pocl_kernels import DIVERGENCES, JSD, Alpha, SkewReverseKL
@@ -54,6 +55,24 @@ def test_stages_may_count_steps() -> None:
     words = ["--curriculum.kind", "constant", "--curriculum.temperature", "2", "--curriculum.kd_ratio", "1"]
     plain = recipe(*words, "--curriculum.max_steps", "50")
     assert [stage.max_steps for stage in curriculum_of(plain).stages] == [50]
+
+
+@pytest.mark.parametrize(
+    ("words", "cached"),
+    [
+        ([], True),
+        (["--teacher_cache.mode", "online"], False),
+        (["--on_policy.share", "0.5"], False),
+        (["--on_policy.share", "0.5", "--teacher_cache.mode", "cached"], True),
+        (["--curriculum.epochs", "1", "--curriculum.kind", "one_pass"], False),  # the cache would cost a pass as well
+        (["--curriculum.max_steps", "5"], True),  # unknown before the data are read
+    ],
+)
+def test_the_plan_says_how_often_the_teacher_runs_as_the_steps_do(words: list[str], cached: bool) -> None:
+    made = recipe(*words, "--source", "missing.jsonl")
+    steps = [step.name for step in build_steps(made, content=lambda *_: "")]
+    assert ("teacher-cache" in steps) is cached
+    assert plan(made).teacher.startswith("runs once" if cached else "runs at every step")
 
 
 def test_pairs_may_be_spread_in_equal_factors() -> None:

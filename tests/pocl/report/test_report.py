@@ -51,11 +51,16 @@ def run_folder(tmp_path: Path) -> Path:
         "rank_rouge_l": range(COUNT, 0, -1),
         "rank": range(1, COUNT + 1),
         "subset": [i * 2 // COUNT for i in range(COUNT)],
-        "prompt": [f"question {i} | with a bar" for i in range(COUNT)],
-        "response": ["answer"] * COUNT,
+        "question": ["a column of the data"] * COUNT,
         "student_response": ["an answer\nof two lines"] * COUNT,
     }
     write_parquet(Dataset.from_dict({k: list(v) for k, v in ranked.items()}), tmp_path / "ranking" / "ranked.parquet")
+    train = {
+        "id": list(range(COUNT))[::-1],
+        "prompt": [f"question {i} | with a bar" for i in range(COUNT)][::-1],
+        "response": ["answer"] * COUNT,
+    }
+    write_parquet(Dataset.from_dict(train), tmp_path / "data" / "train.parquet")
     test = {"id": [0, 1], "prompt": ["held-out question", "b"], "response": ["reference", "d"]}
     write_parquet(Dataset.from_dict(test), tmp_path / "data" / "test.parquet")
     validation = [{"step": 12, "stage": 0, "eval_cross_entropy": 1.0, "eval_rouge_l": 0.2}]
@@ -103,6 +108,20 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(run_folder: Path) -> No
     assert "The stages" not in page
     assert "The easiest samples" not in page
     assert "Results on held-out questions" in page
+
+
+def test_a_run_that_only_ranked_has_a_report_of_a_ranking(run_folder: Path) -> None:
+    for file in ("training/log.jsonl", *(f"evaluation/{path.name}" for path in (run_folder / "evaluation").iterdir())):
+        (run_folder / file).unlink()
+    write_report(run_folder)
+    text = (run_folder / "report" / "report.md").read_text()
+    assert text.startswith("# Ranking report: made up\n")
+    assert f"Here {COUNT} samples were ranked, and cut into 2 parts." in text
+    assert "teacher" not in text.split("##")[0]
+    write_text = (run_folder / "training" / "log.jsonl").write_text
+    write_text("".join(json.dumps(line) + "\n" for line in lines(20, 2)))
+    write_report(run_folder)
+    assert (run_folder / "report" / "report.md").read_text().startswith("# Distillation report: made up\n")
 
 
 def test_stages_are_read_off_the_log(run_folder: Path) -> None:
