@@ -274,7 +274,7 @@ def findings() -> str:
         for (pair, V), work in zip(cases(), fast, strict=True)
     ]
     shares = [loss_seconds(p, V) / (student_seconds(p) + loss_seconds(p, V)) for p, V in cases()]
-    saved = [1 + teacher_seconds(p) / (student_seconds(p) + loss_seconds(p, low)) for p in PAIRS]
+    saved = [[1 + teacher_seconds(p) / (student_seconds(p) + loss_seconds(p, V)) for V in (high, low)] for p in PAIRS]
     bounds = [2 * p.teacher.hidden / (teacher_seconds(p) / BATCH.rows) / 1e6 for p in PAIRS]
     lines = [
         f"The logits of a micro-batch, as the authors' loop keeps them, take {copies[0]:,.0f} GB at V = {low:,} and "
@@ -284,9 +284,10 @@ def findings() -> str:
         f"of 256 MiB it would be slow, so that `auto` takes `low`: {min(lows):.1f} to {max(lows):.1f} times the time.",
         f"Without a teacher to run, the loss is {min(shares):.0%} to {max(shares):.0%} of the computing of a step: "
         "the smaller the student and the larger the vocabulary, the more it is the loss that must be fast.",
-        f"The stored teacher makes the computing of a step {saved[0]:.1f} times ({small.name}) and {saved[1]:.1f} "
-        f"times ({large.name}) as fast. It pays from the second pass on where the disk gives each GPU 2 GB/s, and the "
-        f"paper's curriculum makes {PASSES[-1]}. A disk that gives less than {bounds[0]:.0f} or {bounds[1]:.0f} MB/s "
+        f"The stored teacher makes the computing of a step {saved[0][0]:.1f} to {saved[0][1]:.1f} times ({small.name}) "
+        f"and {saved[1][0]:.1f} to {saved[1][1]:.1f} times ({large.name}) as fast. It pays from the second pass on "
+        f"where the disk gives each GPU 2 GB/s, and the paper's curriculum makes {PASSES[-1]}. A disk that gives less "
+        f"than {bounds[0]:.0f} or {bounds[1]:.0f} MB/s "
         "is slower than the teacher itself.",
         f"{large.name} does not fit on one GPU at all; on {GPUS} it needs a sharded student, the cache or a sharded "
         "teacher, and activations that are recomputed, at a third more time for the student.",
