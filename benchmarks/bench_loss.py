@@ -1,7 +1,7 @@
 """The fused distillation loss, forward and backward, against its floor and against plain PyTorch.
 
     python -m benchmarks.bench_loss                                          # two default shapes
-    python -m benchmarks.bench_loss --peers all --divergences all --runs 7 --save
+    python -m benchmarks.bench_loss --peers all --divergences all --save
     python -m benchmarks.bench_loss --sweep --save                           # seven vocabularies, all peers
     python -m benchmarks.bench_loss --tokens 4096 --vocab 151936 --peers trl,liger
 

@@ -158,7 +158,7 @@ def spills(values: Any) -> list[Measured]:
 LOSSES = Group(
     "The losses: time",
     "loss",
-    "python -m benchmarks.bench_loss --peers all --divergences all --runs 7 --save",
+    "python -m benchmarks.bench_loss --peers all --divergences all --save",
     (
         Target(
             "forward + backward over the floor, forward and reverse KL",
