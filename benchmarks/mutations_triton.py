@@ -65,6 +65,8 @@ MUTATIONS = (
     Mutation("float16 tile for all models", PROJECTION, "torch.float16 if half else dtype", "torch.float16", FAST),
     Mutation("one uniform for all", "triton_backend/terms.py", "= uniforms[{i}]", "= uniforms[0]",
              LOSSES + "every_divergence and skew_fkl-fast"),
-    Mutation("ignored rows count", "triton_backend/chunks.py", "labels != ignore_index", "labels >= ignore_index",
-             LOSSES + "contents_of_ignored_rows and fast"),
+    Mutation("rows without weight count", "plan.py", "counts = row_scale != 0", "counts = row_scale == row_scale",
+             LOSSES + "weight_zero and fast"),
+    Mutation("rows without weight count where nothing is labelled", DEVICE, "tl.where(w == 0.0, 0.0, w * jacobian",
+             "tl.where(w == -1.0, 0.0, w * jacobian", LOSSES + "weight_zero and low"),
 )  # fmt: skip

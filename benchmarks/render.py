@@ -228,8 +228,8 @@ def readme_block(results: Results) -> str:
                 lines.append(f"| {short(name, tables[0].versions)} | " + " | ".join(cells) + " |")
         lines += [
             "",
-            "Logits grow with the tokens, pocl's scratch does not: of so few rows, full logits are no larger than its",
-            "workspace.",
+            "Logits grow with the tokens, pocl's scratch does not: of so few rows, a model's full logits are smaller",
+            "than its workspace.",
         ]
     lines += ["", *headlines(subjects)]
     verdicts = [met(target.measured(subjects.get(group.subject, {}))) for group in GROUPS for target in group.targets]

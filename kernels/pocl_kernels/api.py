@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from pocl_kernels import operators
-from pocl_kernels.autograd import FusedLoss, Result, weighted_rows
+from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.divergences import Divergence, get_divergence
 from pocl_kernels.head import Head, as_head, whole_tensor
 from pocl_kernels.output import DivergenceOutput
+from pocl_kernels.scalar import weighted
 
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
 REDUCTIONS = ("mean", "sum", "none")
@@ -63,8 +64,8 @@ def fused_linear_divergence(
         labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``. Rows with ``ignore_index`` are dropped
             before any matrix product.
         ce_weight: share of the cross-entropy on the labels, in [0, 1].
-        token_weight: ``[...]`` factor on each token's loss; takes no gradient. A token of weight 0 is left out like one
-            with ``ignore_index``, whatever its loss, but counts as valid.
+        token_weight: ``[...]`` factor on each token's loss; takes no gradient. A token of weight 0 counts as valid and
+            adds nothing, even if its loss is infinite.
         reduction: "mean" over valid tokens, "sum", or "none" for the shape of the tokens.
         normalizer: replaces the number of valid tokens under "mean": pass the count over the global batch, and the
             gradient does not depend on accumulation, padding or world size.
@@ -408,7 +409,7 @@ def _checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | T
 
 
 def _reduce(rows: Tensor, row_scale: Tensor, reduction: str) -> Tensor:
-    scaled = weighted_rows(rows.detach(), row_scale)
+    scaled: Any = weighted(row_scale, rows.detach())
     return scaled if reduction == "none" else scaled.sum()
 
 

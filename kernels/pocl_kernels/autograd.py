@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pocl_kernels.scalar import weighted
+
 # (hidden, weight, bias, row_scale, wanted, state, constants) -> loss rows, other per-row results, gradients, state
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
 
@@ -53,7 +55,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.ready = result.gradients if now and any(wanted) else None
         ctx.mark_non_differentiable(*result.others)
-        rows = weighted_rows(result.loss_rows, row_scale)
+        rows = weighted(row_scale, result.loss_rows)  # a row without weight is no row, even where its loss is infinite
         return (rows.sum() if total else rows, *result.others)
 
     @staticmethod
@@ -77,8 +79,3 @@ class FusedLoss(torch.autograd.Function):
             gradients = ready
         result = [g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)]
         return (*result, *(None for _ in range(4 + len(ctx.frozen))))
-
-
-def weighted_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """``rows * scale``, 0 where the scale is 0: a row without weight is no row, even where its loss is infinite."""
-    return torch.where(scale == 0, 0.0, rows * scale)

@@ -62,3 +62,9 @@ class Rows(NamedTuple):
     grad_weight: Tensor | None
     grad_bias: Tensor | None
     state: Tensor | None = None
+
+
+def counting_rows(labels: Tensor | None, ignore_index: int, row_scale: Tensor) -> Tensor:
+    """Indices of the rows that are neither ignored nor without weight; waits for the device."""
+    counts = row_scale != 0
+    return torch.nonzero(counts if labels is None else counts & (labels != ignore_index)).squeeze(-1)

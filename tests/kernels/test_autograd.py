@@ -58,6 +58,15 @@ def test_constants_changed_before_the_gradient_is_computed_are_noticed(engine: A
                     out.loss.sum().backward()
 
 
+def test_a_broken_upstream_gradient_reaches_the_valid_rows_alone(engine: Any, case: Case) -> None:
+    hidden, head, _ = leaves_of(case)
+    out = engine(hidden, head, case.teacher_hidden, case.teacher_head, labels=case.labels, reduction="none")
+    out.loss.backward(torch.full_like(out.loss, torch.nan))
+    valid = case.labels != -100
+    assert hidden.grad[valid].isnan().all()
+    assert not hidden.grad[~valid].any()
+
+
 def test_a_teacher_of_inference_mode_serves(engine: Any, case: Case) -> None:
     with torch.inference_mode():
         teacher, labels = case.teacher_hidden.clone(), case.labels.clone()

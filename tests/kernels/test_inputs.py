@@ -256,22 +256,39 @@ def test_broken_logits_break_the_cross_entropy(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_token_of_weight_zero_is_left_out_whatever_its_loss(engine: Any, reduction: str) -> None:
+def test_a_token_of_weight_zero_adds_nothing(engine: Any, reduction: str) -> None:
     check_weight_zero(engine, reduction)
 
 
-def check_weight_zero(loss: Any, reduction: str) -> None:
-    case, weight = make_case(8, 67), torch.ones(8)
+def check_weight_zero(loss: Any, reduction: str, dtype: torch.dtype = torch.float32) -> None:
+    case, weight = make_case(8, 67, dtype=dtype), torch.ones(8)
     weight[3] = 0.0
-    nan, masked = case.teacher_hidden.clone(), torch.zeros(67)
-    nan[3], masked[5] = math.nan, -math.inf
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.index_fill(0, torch.tensor(3), math.nan)
+
     call = dict(divergence="rkl", token_weight=weight, reduction=reduction)
-    assert_close(solve(loss, case.replace(teacher_hidden=nan), **call), solve(loss, case, **call), 1e-6)
+    teacher = case.replace(teacher_hidden=broken(case.teacher_hidden))
+    both = teacher.replace(student_hidden=broken(case.student_hidden))
+    assert_close(solve(loss, both, **call), solve(loss, case, **call), 1e-6)
+    assert_close(solve(loss, teacher, labels=False, **call), solve(loss, case, labels=False, **call), 1e-6)
+
+    masked = torch.zeros(67)
+    masked[5] = -math.inf
     infinite = case.replace(teacher_head=Head(case.teacher_head.weight, masked))
     nothing = solve(loss, infinite, divergence="rkl", token_weight=0 * weight, reduction=reduction)
     assert not nothing.loss.any()
     assert not nothing.hidden.any()
     assert not nothing.weight.any()
+
+    # The caller's own mask: the upstream gradient of the tokens that it leaves out is 0.
+    def masked_by_caller(*arguments: Any, **options: Any) -> Any:
+        out = loss(*arguments, divergence="rkl", reduction="none", memory="auto", **options)
+        return out._replace(loss=torch.where(weight == 1, out.loss, 0.0).sum())
+
+    outcomes = [solve(masked_by_caller, x) for x in (teacher, case)]
+    for gradient in Solution.GRADIENTS[:2]:
+        assert torch.equal(*(getattr(outcome, gradient) for outcome in outcomes)), gradient
 
 
 # --- What is refused ---

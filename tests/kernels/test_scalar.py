@@ -274,6 +274,11 @@ def defined(value: Callable[[Any, Any], Any]) -> Divergence:
     return Defined()
 
 
+def test_pythons_abs_is_the_absolute_value() -> None:
+    recorded = [trace(defined(lambda l, r, f=f: f(l - r))) for f in (abs, absolute)]
+    assert [node.op for node in recorded[0].nodes] == [node.op for node in recorded[1].nodes]
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 import pocl_kernels
@@ -17,38 +15,33 @@ from pocl_kernels import Head, reference
 V, H, ROWS = 30, 8, 6
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        generator = torch.Generator().manual_seed(0)
-        hidden, teacher = torch.randn(2, ROWS, H, generator=generator), torch.randn(2, ROWS, H, generator=generator)
-        weight, bias = torch.randn(V, H, generator=generator), torch.randn(V, generator=generator)
-        teacher_weight = torch.randn(V, H, generator=generator)
+def _check_one_of_two() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = torch.randn(2, ROWS, H, generator=generator), torch.randn(2, ROWS, H, generator=generator)
+    weight, bias = torch.randn(V, H, generator=generator), torch.randn(V, generator=generator)
+    teacher_weight = torch.randn(V, H, generator=generator)
 
-        whole = [x.double().requires_grad_() for x in (weight, bias)]
-        losses = [
-            reference.fused_linear_divergence(h.double(), Head(*whole), t.double(), teacher_weight.double()).loss
-            for h, t in zip(hidden, teacher, strict=True)
-        ]
-        expected = torch.autograd.grad(sum(losses) / 2, whole)  # what DDP makes of it
+    whole = [x.double().requires_grad_() for x in (weight, bias)]
+    losses = [
+        reference.fused_linear_divergence(h.double(), Head(*whole), t.double(), teacher_weight.double()).loss
+        for h, t in zip(hidden, teacher, strict=True)
+    ]
+    expected = torch.autograd.grad(sum(losses) / 2, whole)  # what DDP makes of it
 
-        mesh = init_device_mesh("cpu", (2,))
-        shards = [torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in (weight, bias)]
-        pocl_kernels.fused_linear_divergence(hidden[rank], Head(*shards), teacher[rank], teacher_weight).loss.backward()
-        for shard, truth in zip(shards, expected, strict=True):
-            assert isinstance(shard.grad, DTensor)
-            assert shard.grad.to_local().shape[0] == V // 2
-            assert reference.relative_error(shard.grad.full_tensor(), truth) < 2e-6
-        Path(folder, str(rank)).touch()
-    finally:
-        dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (2,))
+    shards = [torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in (weight, bias)]
+    pocl_kernels.fused_linear_divergence(hidden[rank], Head(*shards), teacher[rank], teacher_weight).loss.backward()
+    for shard, truth in zip(shards, expected, strict=True):
+        assert isinstance(shard.grad, DTensor)
+        assert shard.grad.to_local().shape[0] == V // 2
+        assert reference.relative_error(shard.grad.full_tensor(), truth) < 2e-6
+    dist.destroy_process_group()
 
 
-def test_gradients_of_a_sharded_head_are_the_mean_over_the_processes(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path)), nprocs=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+def test_gradients_of_a_sharded_head_are_the_mean_over_the_processes(start_processes: Callable[..., list[Any]]) -> None:
+    processes = start_processes(_check_one_of_two, 2)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pocl_kernels import parallel
 from pocl_kernels.cpu import compiler, eager, memory
-from pocl_kernels.plan import Gradients, Plan, Rows
+from pocl_kernels.plan import Gradients, Plan, Rows, counting_rows
 from pocl_kernels.scalar import trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
@@ -49,7 +49,7 @@ def linear_divergence(
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
     student = _Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
     teacher = _Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, Gradients(False, False, False))
-    rows = _valid_rows(labels, plan.ignore_index, row_scale)
+    rows = counting_rows(labels, plan.ignore_index, row_scale)
     results = torch.zeros(student_hidden.shape[0], 3, dtype=dtype)
     group = parallel.VocabularyGroup(plan.process_group, V, student_hidden.device) if plan.process_group else None
     kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     student = _Projection(hidden, weight, bias, V, dtype, wanted)
     result = torch.zeros(hidden.shape[0], dtype=dtype)
     kernel = _cross_entropy_kernel(dtype)
-    rows = _valid_rows(labels, ignore_index, row_scale)
+    rows = counting_rows(labels, ignore_index, row_scale)
     size = evened(len(rows), int(LOGITS_SHARE * workspace_mb * 2**20 / (V * dtype.itemsize)))
     for index in _split(rows, size):
         z = student.project(index)
@@ -169,12 +169,6 @@ class _Projection:
         if self.grad_weight is not None:
             self.grad_weight[0 if self._first else self.V :].zero_()
         return self.grad_hidden, self.grad_weight, self.grad_bias
-
-
-def _valid_rows(labels: Tensor | None, ignore_index: int, row_scale: Tensor) -> Tensor:
-    """Indices of the rows that are neither ignored nor without weight."""
-    valid = row_scale != 0
-    return torch.nonzero(valid if labels is None else valid & (labels != ignore_index)).squeeze(-1)
 
 
 def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int]:

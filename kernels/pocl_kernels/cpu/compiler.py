@@ -13,7 +13,6 @@ import functools
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -74,11 +73,13 @@ def compiler() -> tuple[str, ...] | None:
     wanted = (os.environ.get("POCL_CPU_COMPILER") or os.environ.get("CC") or "").strip()
     if wanted == "none":
         return None
-    for program, *options in [shlex.split(wanted)] if wanted else [["cc"], ["gcc"], ["clang"]]:  # CC="ccache gcc"
+    # One path with spaces in it, or several words such as CC="ccache gcc".
+    for program, *options in [[wanted], wanted.split()] if wanted else [["cc"], ["gcc"], ["clang"]]:
         if path := shutil.which(program):
             return path, *options
     if wanted:
-        warnings.warn(f"the C compiler {wanted!r} is not there, so the slower eager path serves", stacklevel=2)
+        message = f"the C compiler {wanted!r} is not there, so the slower eager path serves"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return None
 
 

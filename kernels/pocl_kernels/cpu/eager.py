@@ -58,7 +58,7 @@ def divergence_rows(
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))
-        gradient = torch.where(row_scale[part, None] == 0, 0.0, gradient * row_scale[part, None])
+        gradient = weighted(row_scale[part, None], gradient)
         _through_transform(gradient, z, plan.student_scale, plan.student_softcap)
         zs[part] = gradient
 
@@ -84,7 +84,7 @@ def cross_entropy_rows(
         if want_grad:
             gradient = l.exp_()
             gradient.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=gradient.dtype))
-            gradient = torch.where(row_scale[part, None] == 0, 0.0, gradient * row_scale[part, None])
+            gradient *= row_scale[part, None]
             _through_transform(gradient, x, scale, softcap)
             z[part] = gradient
 

@@ -48,7 +48,7 @@ def linear_divergence(
         student = Projection(student_hidden, student_weight, student_bias, V, dtype, wanted, plan.products)
         teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, NO_GRADIENTS, plan.products)
         group = VocabularyGroup(plan.process_group, V, device) if plan.process_group else None
-        chunks = Chunks(labels, student_hidden.shape[0], plan.ignore_index)
+        chunks = Chunks(labels, row_scale, plan.ignore_index)
         if group is not None and chunks.labels is not None:
             low.check_labels(chunks.labels, V, group)
         scale = chunks.gather(row_scale)
@@ -84,7 +84,7 @@ def linear_cross_entropy(
     task = steps.cross_entropy_task(scale, softcap)
     with on_device(hidden):
         student = Projection(hidden, weight, bias, V, dtype, wanted, products)
-        chunks = Chunks(labels, hidden.shape[0], ignore_index)
+        chunks = Chunks(labels, row_scale, ignore_index)
         row_scale = chunks.gather(row_scale)
         if memory == "low":
             return _low(student, None, chunks, row_scale, task, workspace_mb, None, state)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocl_kernels.plan import counting_rows
 from pocl_kernels.triton_backend.projection import Projection, Rows, padded
 
 MAX_CHUNK_ROWS = 8192
@@ -18,14 +19,15 @@ WHOLE_TILES = 128  # rows or columns of a GEMM's tile: what is larger is cut to 
 class Chunks:
     """The rows that count, compacted, a chunk at a time.
 
-    Waits once for the device if there are labels: how many rows count shapes the chunks.
+    Waits once for the device if there are labels: how many rows count shapes the chunks. Without labels all count, and
+    the kernels leave out those without weight.
     """
 
-    def __init__(self, labels: Tensor | None, rows: int, ignore_index: int) -> None:
-        self._rows = rows
+    def __init__(self, labels: Tensor | None, row_scale: Tensor, ignore_index: int) -> None:
+        rows = self._rows = row_scale.shape[0]
         self._index: Tensor | None = None  # None: all rows
         if labels is not None:
-            index = torch.nonzero(labels != ignore_index).squeeze(-1)
+            index = counting_rows(labels, ignore_index, row_scale)
             self._index = index if len(index) < rows else None
         self.labels = None if labels is None else self.gather(labels).contiguous()
         self.count = rows if self._index is None else len(self._index)

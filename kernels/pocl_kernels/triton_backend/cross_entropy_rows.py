@@ -42,8 +42,7 @@ def cross_entropy_rows(
             cols = start + tl.arange(0, BLOCK)
             z = load_logits(logits, bias, cols, V, width, scale, softcap)
             g = tl.exp((z - max_z) - log_S) - tl.where(cols == label, 1.0, 0.0)
-            g = tl.where(w == 0.0, 0.0, w * jacobian(z, scale, softcap) * g)
-            g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
+            g = tl.where(cols < V, w * jacobian(z, scale, softcap) * g, 0.0).to(gradient.dtype.element_ty)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
 
 

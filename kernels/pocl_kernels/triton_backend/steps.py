@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.plan import Gradients, Plan
+from pocl_kernels.scalar import weighted
 from pocl_kernels.triton_backend import launch, tile_gradient, tile_statistics, tile_values, tiles_eager
 from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
 from pocl_kernels.triton_backend.terms import term_of
@@ -124,7 +125,7 @@ def gradient(
             g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state)
         if task.transforms.softcap_s is not None:
             g *= 1.0 - (zs / task.transforms.softcap_s) ** 2
-        out.copy_(torch.where(row_scale[:, None] == 0, 0.0, g * (row_scale * task.transforms.scale_s)[:, None]))
+        out.copy_(weighted(row_scale[:, None], g * task.transforms.scale_s))
         return
     function, uniforms = (None, ()) if task.divergence is None else term_of(task.divergence)
     tile_gradient.tile_gradient[(n,)](

@@ -71,7 +71,7 @@ def tile_gradient(
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
         if teacher is None:
             g = ce_weight * (tl.exp((zs - max_s) - log_1) - tl.where(cols == label, 1.0, 0.0))
-            g = tl.where(w == 0.0, 0.0, w * jacobian(zs, scale_s, softcap_s) * g)
+            g = w * jacobian(zs, scale_s, softcap_s) * g
         else:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             l = (zs - max_s) * inv_T - log_s
