@@ -6,6 +6,7 @@ Whatever came in, `load_examples` gives columns `id`, `prompt`, `response` (and 
 """
 
 from pocl.data.batching import Collator
+from pocl.data.conversation import Conversation, conversation_of, text_of_turn
 from pocl.data.encoding import (
     IGNORE_INDEX,
     TEMPLATES,
@@ -22,11 +23,14 @@ __all__ = [
     "IGNORE_INDEX",
     "TEMPLATES",
     "Collator",
+    "Conversation",
     "DataReport",
     "Encoder",
     "check_columns",
+    "conversation_of",
     "load_examples",
     "render_prompt",
     "resolve_template",
+    "text_of_turn",
     "tokenize",
 ]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from pocl.data.conversation import conversation_of
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -71,7 +73,7 @@ def resolve_template(template: str, tokenizer: Any) -> str:
 def render_prompt(example: Mapping[str, Any], tokenizer: Any, template: str) -> str:
     """The text a model sees before it answers; `template` is resolved (not `auto`)."""
     if template == "chat":
-        turns = example.get("messages") or [{"role": "user", "content": example["prompt"]}]
+        turns = list(conversation_of(example).turns[:-1])
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         return text

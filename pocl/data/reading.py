@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.data.conversation import Conversation, text_of_turn
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -35,8 +37,8 @@ def load_examples(
 
     Returns:
         A `Dataset` (an `IterableDataset` when streaming) with `id` (int64, the position in the source), `prompt`,
-        `response`, and, where the source has them, `instruction` and `input`, or `messages` (the turns before the
-        response).
+        `response`, and, where the source has them, `instruction` and `input`, or `conversation` (the JSON of a
+        `pocl.data.Conversation`).
 
     Raises:
         ValueError: unknown format or file type, missing path, empty or damaged data (says where), `limit < 1`.
@@ -57,8 +59,7 @@ def to_examples(raw: Any, source: Any, *, split: str, limit: int | None = None) 
         raise ValueError(f"no examples in {_name(source)} (split {split!r}); it must hold at least one")
     columns = list(first)
     convert = _converter(columns, _name(source))
-    turns = [{"role": Value("string"), "content": Value("string")}]
-    features = {"id": Value("int64")} | {c: turns if c == "messages" else Value("string") for c in convert(first)}
+    features = {"id": Value("int64")} | {column: Value("string") for column in convert(first)}
 
     def example(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {"id": index, **convert(row)}
@@ -206,8 +207,17 @@ def _from_pair(prompt: Any, answer: Any) -> dict[str, Any]:
 
 def _from_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     """The last assistant turn is the response, all turns before it are the prompt."""
-    turns = [{"role": str(t["role"]), "content": str(t["content"] or "")} for t in row["messages"] or []]
+    turns = [_turn(turn) for turn in row["messages"] or []]
     last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=len(turns))
-    response = turns[last]["content"] if last < len(turns) else ""
-    turns = turns[:last]
-    return {"prompt": "\n\n".join(t["content"] for t in turns), "response": response, "messages": turns}
+    response = text_of_turn(turns[last]) if last < len(turns) else ""
+    prompt = "\n\n".join(filter(None, map(text_of_turn, turns[:last])))
+    tools = row.get("tools")
+    conversation = Conversation(tuple(turns[: last + 1]), tools).to_json() if response else ""
+    return {"prompt": prompt, "response": response, "conversation": conversation}
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn without the keys that are null; its content is text, or None beside tool calls."""
+    kept = {key: value for key, value in turn.items() if value is not None}
+    content = kept.get("content", None if kept.get("tool_calls") else "")
+    return {**kept, "role": str(turn["role"]), "content": content if content is None else str(content)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from pocl.data import IGNORE_INDEX, Collator, load_examples, render_prompt, resolve_template, tokenize
+from pocl.data import IGNORE_INDEX, Collator, conversation_of, load_examples, render_prompt, resolve_template, tokenize
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -63,7 +63,7 @@ def test_the_last_assistant_turn_is_the_response_and_earlier_turns_are_the_promp
     turns = [("system", "w0"), ("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4")]
     row = load_examples([{"messages": [{"role": r, "content": c} for r, c in turns]}])[0]
     assert row["response"] == "w4"
-    assert [t["content"] for t in row["messages"]] == ["w0", "w1", "w2", "w3"]
+    assert [t["content"] for t in conversation_of(row).turns] == ["w0", "w1", "w2", "w3", "w4"]
 
 
 def test_a_conversational_prompt_and_completion_are_turns_too() -> None:
