@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import pocl
-from benchmarks.bench_loss import TEMPERATURE, Problem, key, make_problem, through_autograd
 from benchmarks.measure import machine, peak_bytes, save_results
 from benchmarks.peers import PEERS, available
+from benchmarks.problems import TEMPERATURE, Problem, floor, key, make_problem, through_autograd
 
 # tokens, vocabulary, student's and teacher's hidden size
 SHAPES = ((8192, 32000, 2048, 4096), (8192, 128256, 2048, 4096), (4096, 151936, 896, 3584))
@@ -65,15 +65,6 @@ class Clock:
                 if len(samples[name]) >= LEAST_RUNS and sum(samples[name]) >= LEAST_MS:
                     del waiting[name]
         return samples
-
-
-def floor(problem: Problem) -> None:
-    """The matrix products that no exact method can save, full logits."""
-    hidden, teacher = problem.student_hidden[problem.valid], problem.teacher_hidden[problem.valid]
-    logits = hidden @ problem.student_weight.T
-    teacher @ problem.teacher_weight.T
-    logits @ problem.student_weight
-    logits.T @ hidden
 
 
 def ours(memory: str, workspace_mb: float | None = None, divergence: str = "fkl") -> Callable[[Problem], Any]:

@@ -14,7 +14,6 @@ bfloat16; `CUDA_VISIBLE_DEVICES=` measures the CPU all the same.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,57 +22,12 @@ from torch import Tensor
 
 import pocl
 from benchmarks.measure import interleaved, machine, peak_bytes, progress_bar, save_results
-from benchmarks.peers import PEERS, Loss, available
+from benchmarks.peers import PEERS, available
+from benchmarks.problems import TEMPERATURE, Implementation, Problem, floor, key, make_problem, through_autograd
 
 SHAPES = ((1024, 49152, 576, 576), (512, 151936, 896, 1536))  # tokens, vocabulary, student's and teacher's hidden size
 SMALL = (512, 32000, 256, 256)  # for make bench
 SWEEP = tuple((512, vocabulary, 576, 576) for vocabulary in (32000, 49152, 65536, 128256, 151936, 202048, 262144))
-TEMPERATURE = 2.0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Tensors of one case: hidden states [N, H], heads [V, H], labels [N] of which half are ignored."""
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-    labels: Tensor
-
-    @property
-    def valid(self) -> Tensor:
-        return self.labels != -100
-
-
-def make_problem(tokens: int, vocabulary: int, student: int, teacher: int, *, device: str = "cpu") -> Problem:
-    """A student near its teacher: their hidden states share the leading directions, whose sizes fall off."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    shared = min(student, teacher)
-    spectrum = torch.arange(1, max(student, teacher) + 1).rsqrt()
-    teacher_hidden = normal(tokens, teacher) * spectrum[:teacher]
-    teacher_weight = normal(vocabulary, teacher)
-    student_hidden = 0.1 * normal(tokens, student) * spectrum[:student]
-    student_hidden[:, :shared] += teacher_hidden[:, :shared]
-    student_weight = 0.1 * normal(vocabulary, student)
-    student_weight[:, :shared] += teacher_weight[:, :shared]
-    labels = torch.randint(vocabulary, (tokens,), generator=generator)
-    labels[torch.randperm(tokens, generator=generator)[: tokens // 2]] = -100
-    tensors = (student_hidden, student_weight, teacher_hidden, teacher_weight, labels)
-    return Problem(*(tensor.to(device) for tensor in tensors))
-
-
-def floor(problem: Problem) -> None:
-    """The four matrix products over the valid rows alone, whole, as plain PyTorch does them."""
-    hidden, teacher = problem.student_hidden[problem.valid], problem.teacher_hidden[problem.valid]
-    logits = hidden @ problem.student_weight.T
-    teacher @ problem.teacher_weight.T
-    logits @ problem.student_weight
-    logits.T @ hidden
 
 
 def eager(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,24 +84,6 @@ def fused(problem: Problem, divergence: str = "fkl") -> tuple[Tensor, Tensor, Te
     return out.loss.detach(), hidden.grad, weight.grad
 
 
-Implementation = Callable[[Problem], tuple[Tensor, Tensor, Tensor]]
-
-
-def through_autograd(loss: Loss) -> Implementation:
-    """A peer's loss as an implementation."""
-
-    def run(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-        hidden = problem.student_hidden.detach().requires_grad_()
-        weight = problem.student_weight.detach().requires_grad_()
-        value = loss(hidden, weight, problem.teacher_hidden, problem.teacher_weight, problem.labels, TEMPERATURE)
-        value.backward()
-        assert hidden.grad is not None
-        assert weight.grad is not None
-        return value.detach(), hidden.grad, weight.grad
-
-    return run
-
-
 # The forward KL in each of them, so that one result is right for all.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "pocl": fused,
@@ -179,12 +115,6 @@ def check(implementations: dict[str, Implementation], problem: Problem) -> tuple
     if wrong:
         raise RuntimeError(f"these do not compute the forward KL of the others: {wrong}")
     return errors, failed
-
-
-def key(result: dict[str, Any]) -> str:
-    """The name under which the result of a shape is filed."""
-    student, teacher = result["hidden"]
-    return f"N={result['tokens']} V={result['vocabulary']} H={student}<-{teacher} {result['dtype']}"
 
 
 def report(shape: tuple[int, int, int, int], runs: int, peers: list[str], divergences: list[str]) -> dict[str, Any]:

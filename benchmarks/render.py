@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_loss import SHAPES, SWEEP, key
+from benchmarks.bench_loss import SHAPES, SWEEP
 from benchmarks.measure import Entry, Timing, load_results
 from benchmarks.pictures import SHORT, THEMES, bars, curves, short
+from benchmarks.problems import key
 from benchmarks.targets import GROUPS, Entries, Group, met, ratios, step_time, times_as_fast
 
 ROOT = Path(__file__).parent.parent

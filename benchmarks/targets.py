@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.bench_loss import SHAPES, key
+from benchmarks.bench_loss import SHAPES
 from benchmarks.measure import Entry
+from benchmarks.problems import key
 
 Entries = Mapping[str, Entry]  # of one subject, by key
 TRL = "TRL ChunkedDivergenceFunction"

@@ -1,13 +1,16 @@
 """Laws of the house: the direction of imports, what `import pocl` may cost, lengths, and what may never be loaded."""
 
 import ast
+import graphlib
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import pocl
 
@@ -74,6 +77,14 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             yield node.module or ""
 
 
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """As `imported_modules`, and `package.name` for every name that is imported from a package."""
+    yield from imported_modules(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def run_python(code: str) -> str:
     """The standard output of `code` in a fresh interpreter."""
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -98,6 +109,54 @@ def test_kernels_import_only_torch_triton_and_the_standard_library(path: Path) -
     allowed = {"torch", "triton", "pocl_kernels", *sys.stdlib_module_names}
     roots = {name.split(".")[0] for name in imported_modules(ast.parse(path.read_text()))}
     assert roots <= allowed
+
+
+# A backend stands on the tables and on the eager functions, never on another backend.
+ROOMS = {"eager": {"cpu", "triton_backend"}, "cpu": {"triton_backend"}, "triton_backend": {"cpu"}}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_backend_stands_on_another(room: str) -> None:
+    files = [path for path in KERNELS if path.parent.name == room]
+    assert files
+    for path in files:
+        for name in imported_modules(ast.parse(path.read_text())):
+            assert not {f"pocl_kernels.{other}" for other in ROOMS[room]} & {name, ".".join(name.split(".")[:2])}, path
+
+
+def test_benchmarks_do_not_import_each_other_in_circles() -> None:
+    modules = {f"benchmarks.{path.stem}": path for path in (ROOT / "benchmarks").glob("*.py")}
+    imports = {
+        name: {f for f in modules if f in found} - {name}
+        for name, path in modules.items()
+        for found in [set(imported_names(ast.parse(path.read_text())))]
+    }
+    assert list(graphlib.TopologicalSorter(imports).static_order())
+
+
+def private_names_of_torch(tree: ast.AST) -> Iterator[str]:
+    """`torch._x` and `from torch.y import _x`, which may move without notice."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"torch\._[a-z]", ast.unparse(node)):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            yield from (
+                f"{node.module}.{alias.name}" for alias in node.names if re.search(r"\._[a-z]", f".{alias.name}")
+            )
+
+
+PRIVATE = {
+    "torch._assert_async",  # a check on the device without waiting for it
+    "torch.distributed.distributed_c10d._resolve_process_group",  # a group by its name, which an operator can take
+}
+
+
+def test_the_private_names_of_torch_are_few_and_where_they_were() -> None:
+    used = {name for path in SOURCE for name in private_names_of_torch(ast.parse(path.read_text()))}
+    assert used == PRIVATE
+    for name in used:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), f"{name} has moved in torch {torch.__version__}"
 
 
 def test_importing_pocl_loads_nothing_heavier_than_torch() -> None:

@@ -16,7 +16,9 @@ from pocl_kernels import operators
 from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.divergences import Divergence, get_divergence
 from pocl_kernels.head import Head, as_head, whole_tensor
+from pocl_kernels.operators import Choices
 from pocl_kernels.output import DivergenceOutput
+from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, compute_dtype
 from pocl_kernels.scalar import weighted
 
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
@@ -103,7 +105,8 @@ def fused_linear_divergence(
     )
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
     scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
-    token, products = divergence.token, _autocast_products(hidden.device)
+    products = _autocast_products(hidden.device)
+    choices = "\n".join(Choices(divergence.token, backend, mode, group_name, products))
     numbers = _numbers([temperature, factor, ce_weight, *divergence.parameters()])
 
     def run(
@@ -111,21 +114,21 @@ def fused_linear_divergence(
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
         *teacher, labels, numbers = constants
-        d, ce, entropy, dh, dw, db, state = operators.linear_divergence(
-            h, w, b, *teacher, labels, scale, token, numbers, ignore_index, scales, workspace_mb, wanted, backend,
-            group_name, mode, state, products,
-        )  # fmt: skip
+        results, dh, dw, db, state = operators.linear_loss(
+            [h, w, b, *teacher, labels, scale, state], numbers, scales, workspace_mb, ignore_index, wanted, choices
+        )
+        d, ce = results[DIVERGENCE], results[CROSS_ENTROPY]
         # A part without weight must not enter: 0 * inf is not 0.
         loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
-        return Result(loss, (d, ce, entropy), (dh, dw, db), state)
+        return Result(loss, results, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, d, ce, entropy = FusedLoss.apply(
+        loss, results = FusedLoss.apply(
             hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none",
             teacher, teacher_head.weight.detach(), _detach(teacher_head.bias), flat_labels, numbers,
         )  # fmt: skip
-    parts = [_reduce(x, row_scale, reduction) for x in (d, ce, entropy)]
+    parts = [_reduce(x, row_scale, reduction) for x in results.unbind()]
     if reduction == "none":
         loss, *parts = (x.reshape(shape) for x in (loss, *parts))
     return DivergenceOutput(loss, parts[0], None if labels is None else parts[1], parts[2], count)
@@ -160,22 +163,26 @@ def fused_linear_cross_entropy(
         raise ValueError("labels=None: a cross-entropy needs the labels, a tensor of token ids")
     flat_labels = _flat_labels(labels, hidden, ignore_index, head.vocab_size)
     row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
-    products = _autocast_products(hidden.device)
+    choices = "\n".join(Choices("", backend, mode, "", _autocast_products(hidden.device)))
+    numbers, scales = _numbers([1.0, 0.0, 1.0]), [head.scale, head.softcap or 0.0, 1.0, 0.0]
 
     def run(
         h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
-        ce, dh, dw, db, state = operators.linear_cross_entropy(
-            h, w, b, constants[0], scale, ignore_index, head.scale, head.softcap or 0.0, workspace_mb, wanted, backend,
-            mode, state, products,
+        labels, numbers = constants
+        results, dh, dw, db, state = operators.linear_loss(
+            [h, w, b, None, None, None, labels, scale, state], numbers, scales, workspace_mb, ignore_index, wanted,
+            choices,
         )  # fmt: skip
-        return Result(ce, (), (dh, dw, db), state)
+        return Result(results[CROSS_ENTROPY], results, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
     flat = hidden.reshape(-1, hidden.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
-        (loss,) = FusedLoss.apply(flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels)
+        loss, _ = FusedLoss.apply(
+            flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels, numbers
+        )
     return loss.reshape(shape) if reduction == "none" else loss
 
 
@@ -364,7 +371,7 @@ def _row_scale(
 ) -> tuple[Tensor, Tensor]:
     """Factor of each row's loss ``[N]``, 0 for ignored rows, and the number of valid rows."""
     rows, shape = math.prod(hidden.shape[:-1]), hidden.shape[:-1]
-    dtype = operators.compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     if labels is None:
         count = torch.full((), rows, dtype=torch.int64, device=hidden.device)
         scale = torch.ones(rows, dtype=dtype, device=hidden.device)

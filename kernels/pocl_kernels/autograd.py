@@ -10,15 +10,15 @@ from torch import Tensor
 
 from pocl_kernels.scalar import weighted
 
-# (hidden, weight, bias, row_scale, wanted, state, constants) -> loss rows, other per-row results, gradients, state
+# (hidden, weight, bias, row_scale, wanted, state, constants) -> Result
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
 
 
 class Result(NamedTuple):
-    """One run of a kernel: the loss of each row, what is logged beside it, and the gradients (empty if not wanted)."""
+    """One run of a kernel: the loss of each row, what it is made of, and the gradients (empty if not wanted)."""
 
     loss_rows: Tensor
-    others: tuple[Tensor, ...]
+    results: Tensor  # per-row results to log
     gradients: tuple[Tensor, Tensor, Tensor]
     state: Tensor  # what the backend wants back for gradients alone; empty: nothing
 
@@ -42,7 +42,7 @@ class FusedLoss(torch.autograd.Function):
         now: bool,
         total: bool,
         *constants: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor]:
         wanted = list(ctx.needs_input_grad[:3])
         result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False], None, constants)
         # Saved, so that a change in place is noticed. A tensor of inference mode cannot be saved, nor changed.
@@ -54,9 +54,9 @@ class FusedLoss(torch.autograd.Function):
         ctx.run, ctx.wanted = run, wanted
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         ctx.ready = result.gradients if now and any(wanted) else None
-        ctx.mark_non_differentiable(*result.others)
+        ctx.mark_non_differentiable(result.results)
         rows = weighted(row_scale, result.loss_rows)  # a row without weight is no row, even where its loss is infinite
-        return (rows.sum() if total else rows, *result.others)
+        return rows.sum() if total else rows, result.results
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,4 +1,4 @@
-"""What one fused call asks of a backend: run-time numbers and choices, no tensors."""
+"""What one fused call asks of a backend: tensors, run-time numbers and choices; and what a backend answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Plan:
     meaning.
     """
 
-    divergence: Divergence
+    divergence: Divergence | None  # None: the cross-entropy alone
     temperature: float
     divergence_factor: float  # (1 - ce_weight) * T^2, or without the T^2
     ce_weight: float
@@ -47,21 +47,56 @@ class Gradients(NamedTuple):
     bias: bool
 
 
+class Inputs(NamedTuple):
+    """The tensors that a call reads. A cross-entropy has labels and no teacher."""
+
+    student_hidden: Tensor  # [N, H_s]
+    student_weight: Tensor  # [V_s, H_s]
+    student_bias: Tensor | None  # [V_s]
+    teacher_hidden: Tensor | None  # [N, H_t]
+    teacher_weight: Tensor | None  # [V_t, H_t]
+    teacher_bias: Tensor | None  # [V_t]
+    labels: Tensor | None  # [N]
+    row_scale: Tensor  # [N]
+    state: Tensor | None = None  # of a call without gradients on the same tensors, under memory="low"
+
+    @property
+    def vocab_size(self) -> int:
+        """Of both models: rows of a head beyond it are padding."""
+        V = self.student_weight.shape[0]
+        return V if self.teacher_weight is None else min(V, self.teacher_weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation: float32, or float64 if any hidden states have it."""
+        return compute_dtype(self.student_hidden, self.teacher_hidden)
+
+
+# Rows of :attr:`Rows.results`.
+DIVERGENCE, CROSS_ENTROPY, ENTROPY = range(3)
+RESULTS = 3
+
+
 class Rows(NamedTuple):
-    """A backend's answer: per-row results ``[N]`` (0 for ignored rows) and the gradients of ``sum row_scale * loss``.
+    """A backend's answer: per-row results ``[RESULTS, N]`` (0 for ignored rows) and the gradients of ``sum row_scale *
+    loss``.
 
     Gradients have the compute dtype (float32, or float64 for float64 inputs), not the dtype of the inputs: the caller
     multiplies by the upstream gradient before rounding. None where they were not wanted. ``state``, ``[STATE_ROWS,
     N]``, is what a backend wants back when gradients of the same rows are asked for later; None: it keeps nothing.
     """
 
-    divergence: Tensor
-    cross_entropy: Tensor
-    entropy: Tensor
+    results: Tensor
     grad_hidden: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
     state: Tensor | None = None
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 if any of the tensors has it."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
 
 
 def counting_rows(labels: Tensor | None, ignore_index: int, row_scale: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from benchmarks import render
-from benchmarks.bench_loss import SHAPES, SWEEP, key, parse
+from benchmarks.bench_loss import SHAPES, SWEEP, parse
 from benchmarks.measure import interleaved, load_results, save_results
+from benchmarks.problems import key
 from benchmarks.targets import GROUPS, met
 
 DIVERGENCES = ("rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pocl_kernels import parallel
-from pocl_kernels.cpu import compiler, eager, memory
-from pocl_kernels.plan import Gradients, Plan, Rows, counting_rows
+from pocl_kernels.cpu import compiler, memory
+from pocl_kernels.eager import rows as eager
+from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
 from pocl_kernels.scalar import trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
@@ -29,35 +30,26 @@ PROJECTION_ROWS = 2048  # vocabulary rows of a slice: with 128 rows of hidden st
 SLICE_ROWS = 4096  # vocabulary rows of a head that are upcast at a time
 
 
-def linear_divergence(
-    student_hidden: Tensor,  # [N, H_s]
-    student_weight: Tensor,  # [V_s, H_s]
-    student_bias: Tensor | None,  # [V_s]
-    teacher_hidden: Tensor,  # [N, H_t]
-    teacher_weight: Tensor,  # [V_t, H_t]
-    teacher_bias: Tensor | None,  # [V_t]
-    labels: Tensor | None,  # [N]
-    row_scale: Tensor,  # [N]
-    plan: Plan,
-    wanted: Gradients,
-    state: Tensor | None = None,  # this backend keeps none: chunks of whole rows serve both memory modes
-) -> Rows:
+def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """Per-row divergence, cross-entropy and entropy, and the gradients of ``sum row_scale * loss`` (see
-    :class:`Rows`).
+    :class:`Rows`). Keeps no state: chunks of whole rows serve both memory modes.
     """
-    V = min(student_weight.shape[0], teacher_weight.shape[0])
-    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
-    student = _Projection(student_hidden, student_weight, student_bias, V, dtype, wanted)
-    teacher = _Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, Gradients(False, False, False))
+    V, dtype = inputs.vocab_size, inputs.dtype
+    assert inputs.teacher_hidden is not None
+    assert inputs.teacher_weight is not None
+    none = Gradients(False, False, False)
+    student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
+    teacher = _Projection(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, V, dtype, none)
+    labels, row_scale = inputs.labels, inputs.row_scale
     rows = counting_rows(labels, plan.ignore_index, row_scale)
-    results = torch.zeros(student_hidden.shape[0], 3, dtype=dtype)
-    group = parallel.VocabularyGroup(plan.process_group, V, student_hidden.device) if plan.process_group else None
+    results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
+    group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
     kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
     share = V if group is None else group.largest
     student_rows, teacher_rows = chunk_rows(len(rows), share * dtype.itemsize, plan.workspace_mb)
     for index in _split(rows, student_rows):
         zs = student.project(index)
-        out = torch.empty(len(index), 3, dtype=dtype)
+        out = torch.empty(len(index), RESULTS, dtype=dtype)
         scale = row_scale.index_select(0, index).to(dtype)
         for first in range(0, len(index), teacher_rows):
             part = slice(first, first + teacher_rows)
@@ -69,41 +61,28 @@ def linear_divergence(
             student.accumulate(index, zs)
     if group is not None and student.grad_hidden is not None:
         group.sum(student.grad_hidden)
-    return Rows(results[:, 0], results[:, 1], results[:, 2], *student.gradients())
+    return Rows(results.T.contiguous(), *student.gradients())
 
 
-def linear_cross_entropy(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,
-    labels: Tensor,  # [N]
-    row_scale: Tensor,  # [N]
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    workspace_mb: float,
-    wanted: Gradients,
-    memory_mode: str = "fast",
-    state: Tensor | None = None,
-) -> Rows:
-    """Per-row cross-entropy ``[N]`` and the gradients of ``sum row_scale * cross_entropy``."""
-    V = weight.shape[0]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    student = _Projection(hidden, weight, bias, V, dtype, wanted)
-    result = torch.zeros(hidden.shape[0], dtype=dtype)
+def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
+    """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``."""
+    V, dtype, labels, row_scale = inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
+    assert labels is not None
+    student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
+    results = torch.zeros(RESULTS, len(row_scale), dtype=dtype)
     kernel = _cross_entropy_kernel(dtype)
-    rows = counting_rows(labels, ignore_index, row_scale)
-    size = evened(len(rows), int(LOGITS_SHARE * workspace_mb * 2**20 / (V * dtype.itemsize)))
+    rows = counting_rows(labels, plan.ignore_index, row_scale)
+    size = evened(len(rows), int(LOGITS_SHARE * plan.workspace_mb * 2**20 / (V * dtype.itemsize)))
     for index in _split(rows, size):
         z = student.project(index)
         out = torch.empty(len(index), dtype=dtype)
         chunk_scale = row_scale.index_select(0, index).to(dtype)
-        kernel(z, student.bias, scale, softcap, labels.index_select(0, index), chunk_scale, any(wanted), out)
-        result.index_copy_(0, index, out)
+        picked = labels.index_select(0, index)
+        kernel(z, student.bias, plan.student_scale, plan.student_softcap, picked, chunk_scale, any(wanted), out)
+        results[CROSS_ENTROPY].index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, z)
-    zero = torch.zeros_like(result)
-    return Rows(zero, result, zero, *student.gradients())
+    return Rows(results, *student.gradients())
 
 
 class _Projection:
@@ -199,6 +178,7 @@ def evened(rows: int, most: int) -> int:
 
 def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
     function = None
+    assert plan.divergence is not None
     if dtype == torch.float32:
         function = compiler.load(compiler.divergence_source(trace(plan.divergence)), "divergence_rows")
     if function is None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pocl_kernels.cpu import eager
+from pocl_kernels.eager import rows as eager
 from pocl_kernels.parallel import VocabularyGroup
-from pocl_kernels.plan import Gradients, Plan, Rows
+from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows, launch, low, steps
 from pocl_kernels.triton_backend.chunks import Chunks, chunk_rows, on_device, scaled_weights
 from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
@@ -24,29 +24,23 @@ from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
 from pocl_kernels.triton_backend.terms import slope_sum, term_of
 
 
-def linear_divergence(
-    student_hidden: Tensor,  # [N, H_s]
-    student_weight: Tensor,  # [V_s, H_s]
-    student_bias: Tensor | None,  # [V_s]
-    teacher_hidden: Tensor,  # [N, H_t]
-    teacher_weight: Tensor,  # [V_t, H_t]
-    teacher_bias: Tensor | None,  # [V_t]
-    labels: Tensor | None,  # [N]
-    row_scale: Tensor,  # [N]
-    plan: Plan,
-    wanted: Gradients,
-    state: Tensor | None = None,  # what ``plan.memory="low"`` returned for the same tensors without gradients
-) -> Rows:
+def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """Per-row results and the gradients of ``sum row_scale * loss`` (see :class:`Rows`).
 
     Low without gradients returns a state; low with gradients takes it, makes no per-row results, and is then 3 S + Te.
     """
-    V = min(student_weight.shape[0], teacher_weight.shape[0])
-    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
-    device, task = student_hidden.device, steps.divergence_task(plan)
-    with on_device(student_hidden):
-        student = Projection(student_hidden, student_weight, student_bias, V, dtype, wanted, plan.products)
-        teacher = Projection(teacher_hidden, teacher_weight, teacher_bias, V, dtype, NO_GRADIENTS, plan.products)
+    V, dtype = inputs.vocab_size, inputs.dtype
+    labels, row_scale, device = inputs.labels, inputs.row_scale, inputs.student_hidden.device
+    task = steps.divergence_task(plan)
+    assert inputs.teacher_hidden is not None
+    assert inputs.teacher_weight is not None
+    with on_device(inputs.student_hidden):
+        student = Projection(
+            inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, plan.products
+        )
+        teacher = Projection(
+            inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, V, dtype, NO_GRADIENTS, plan.products
+        )
         group = VocabularyGroup(plan.process_group, V, device) if plan.process_group else None
         chunks = Chunks(labels, row_scale, plan.ignore_index)
         if group is not None and chunks.labels is not None:
@@ -54,53 +48,36 @@ def linear_divergence(
         scale = chunks.gather(row_scale)
         size = chunk_rows(chunks.count, [student, teacher], plan.workspace_mb)
         if plan.memory == "low":
-            return _low(student, teacher, chunks, scale, task, plan.workspace_mb, group, state)
+            return _low(student, teacher, chunks, scale, task, plan.workspace_mb, group, inputs.state)
         if group is not None:
             results, gradients = low.at_once(student, teacher, chunks, scale, task, size, group)
         else:
             results, gradients = _fast(student, teacher, chunks, scale, task, size, plan)
-        D, ce, entropy = chunks.scatter(results, 1)
-        return Rows(D, ce, entropy, *gradients)
+        return Rows(chunks.scatter(results, 1), *gradients)
 
 
-def linear_cross_entropy(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,
-    labels: Tensor,  # [N]
-    row_scale: Tensor,  # [N]
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    workspace_mb: float,
-    wanted: Gradients,
-    memory: str = "fast",
-    state: Tensor | None = None,
-    products: torch.dtype | None = None,
-) -> Rows:
-    """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``; ``state`` as above."""
-    V = weight.shape[0]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    task = steps.cross_entropy_task(scale, softcap)
+def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
+    """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``; the state as above."""
+    V, dtype, hidden = inputs.vocab_size, inputs.dtype, inputs.student_hidden
+    task = steps.cross_entropy_task(plan.student_scale, plan.student_softcap)
     with on_device(hidden):
-        student = Projection(hidden, weight, bias, V, dtype, wanted, products)
-        chunks = Chunks(labels, row_scale, ignore_index)
-        row_scale = chunks.gather(row_scale)
-        if memory == "low":
-            return _low(student, None, chunks, row_scale, task, workspace_mb, None, state)
+        student = Projection(hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, plan.products)
+        chunks = Chunks(inputs.labels, inputs.row_scale, plan.ignore_index)
+        row_scale = chunks.gather(inputs.row_scale)
+        if plan.memory == "low":
+            return _low(student, None, chunks, row_scale, task, plan.workspace_mb, None, inputs.state)
         weights = scaled_weights(student, row_scale, task.largest)
-        results = torch.zeros(3, chunks.count, dtype=dtype, device=hidden.device)
-        for rows, part in chunks.of(chunk_rows(chunks.count, [student], workspace_mb)):
+        results = torch.zeros(RESULTS, chunks.count, dtype=dtype, device=hidden.device)
+        for rows, part in chunks.of(chunk_rows(chunks.count, [student], plan.workspace_mb)):
             assert chunks.labels is not None
             student.take(rows)
             (tile,) = steps.tiles(student, None, V)
             gradient = student.gradient_tile(tile.student)
-            _cross_entropy(tile, gradient, chunks.labels[part], weights[part], task, results[1, part])
+            _cross_entropy(tile, gradient, chunks.labels[part], weights[part], task, results[CROSS_ENTROPY, part])
             if gradient is not None:
                 student.accumulate(tile.columns, gradient)
                 student.store(rows)
-        D, ce, entropy = chunks.scatter(results, 1)
-        return Rows(D, ce, entropy, *student.gradients())
+        return Rows(chunks.scatter(results, 1), *student.gradients())
 
 
 def _low(
@@ -113,22 +90,22 @@ def _low(
     group: VocabularyGroup | None,
     state: Tensor | None,
 ) -> Rows:
-    results = torch.zeros(3, chunks.count, dtype=student.dtype, device=student.hidden.device)
+    results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     if state is None:
         results, states = low.forward(student, teacher, chunks, task, workspace_mb, group)
     else:
         states = chunks.gather(state, 1)
-    D, ce, entropy = chunks.scatter(results, 1)
+    results = chunks.scatter(results, 1)
     if not any(student.wanted):
-        return Rows(D, ce, entropy, None, None, None, chunks.scatter(states, 1))
-    return Rows(D, ce, entropy, *low.backward(student, teacher, chunks, row_scale, states, task, workspace_mb, group))
+        return Rows(results, None, None, None, chunks.scatter(states, 1))
+    return Rows(results, *low.backward(student, teacher, chunks, row_scale, states, task, workspace_mb, group))
 
 
 def _fast(
     student: Projection, teacher: Projection, chunks: Chunks, row_scale: Tensor, task: Task, size: int, plan: Plan
 ) -> tuple[Tensor, low.Grads]:
     weights = scaled_weights(student, row_scale, task.largest)
-    results = torch.zeros(chunks.count, 3, dtype=student.dtype, device=student.hidden.device)
+    results = torch.zeros(chunks.count, RESULTS, dtype=student.dtype, device=student.hidden.device)
     for rows, part in chunks.of(size):
         student.take(rows)
         teacher.take(rows)

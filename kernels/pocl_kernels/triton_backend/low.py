@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.parallel import VocabularyGroup
+from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS
 from pocl_kernels.triton_backend import state as st
 from pocl_kernels.triton_backend import steps
 from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights, tile_shape
@@ -37,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Divergence, cross-entropy and entropy of the valid rows ``[3, n]``, and their state ``[STATES, n]``."""
     height, width = _shape(student, teacher, chunks, workspace_mb, group)
-    results = torch.zeros(3, chunks.count, dtype=student.dtype, device=student.hidden.device)
+    results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     states = results.new_zeros(st.STATES, chunks.count)
     one_pass = task.divergence is not None and task.divergence.kl_weights is not None
     for rows, part in chunks.of(height):
@@ -54,10 +55,10 @@ def forward(
                 D, c = st.weighted_kl(sums, task.divergence.kl_weights)
             else:
                 D, c = _second_pass(steps.tiles(student, teacher, width), state, task, group)
-            results[0, part], state[st.SLOPE_SUM.value] = D, c
-            results[2, part] = st.entropy(sums)
+            results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = D, c
+            results[ENTROPY, part] = st.entropy(sums)
         if labels is not None:
-            results[1, part] = st.cross_entropy(sums)
+            results[CROSS_ENTROPY, part] = st.cross_entropy(sums)
         states[:, part] = state
     return results, states
 
@@ -96,7 +97,7 @@ def at_once(
 ) -> tuple[Tensor, Grads]:
     """Results of the valid rows ``[3, n]`` and the gradients, from logits that are made once."""
     weights = scaled_weights(student, row_scale, task.largest)
-    results = torch.zeros(3, chunks.count, dtype=student.dtype, device=student.hidden.device)
+    results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     for rows, part in chunks.of(_agreed(rows_at_a_time, group, results.device)):
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
@@ -105,10 +106,10 @@ def at_once(
         steps.statistics(tile, labels, group.offset, task, False, sums)
         st.over_processes(sums, group, task.transforms.rate)
         state = st.state_of(sums)
-        results[0, part], state[st.SLOPE_SUM.value] = _second_pass([tile], state, task, group)
-        results[2, part] = st.entropy(sums)
+        results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = _second_pass([tile], state, task, group)
+        results[ENTROPY, part] = st.entropy(sums)
         if labels is not None:
-            results[1, part] = st.cross_entropy(sums)
+            results[CROSS_ENTROPY, part] = st.cross_entropy(sums)
         if any(student.wanted):
             _accumulate(student, tile, labels, weights[part], state, task, group)
             student.store(rows)

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 import pocl_kernels
 from pocl_kernels import JSD, Head, SkewForwardKL
-from pocl_kernels.plan import Gradients, Plan, Rows
+from pocl_kernels.plan import Gradients, Inputs, Plan, Rows
 from pocl_kernels.triton_backend import backend, launch, terms
 
 
@@ -52,14 +52,13 @@ def call(
     )  # fmt: skip
     state = None
     labels = torch.randint(0, vocab, (rows,))
-    inputs = (torch.randn(rows, 8), torch.randn(vocab, 8), None, torch.randn(rows, 8), torch.randn(vocab, 8), None)
+    inputs = Inputs(
+        torch.randn(rows, 8), torch.randn(vocab, 8), None, torch.randn(rows, 8), torch.randn(vocab, 8), None, labels,
+        torch.ones(rows),
+    )  # fmt: skip
     if memory == "low" and wanted:
-        state = call_without_gradients(inputs, labels, plan).state
-    return backend.linear_divergence(*inputs, labels, torch.ones(rows), plan, Gradients(*(wanted,) * 3), state)
-
-
-def call_without_gradients(inputs: tuple[Any, ...], labels: torch.Tensor, plan: Plan) -> Rows:
-    return backend.linear_divergence(*inputs, labels, torch.ones(len(labels)), plan, Gradients(False, False, False))
+        state = backend.linear_divergence(inputs, plan, Gradients(False, False, False)).state
+    return backend.linear_divergence(inputs._replace(state=state), plan, Gradients(*(wanted,) * 3))
 
 
 @pytest.mark.parametrize(("memory", "kernels"), [("fast", 1), ("low", 3)])
@@ -100,11 +99,11 @@ def test_what_is_compiled_in_does_compile_anew(compilations: set[tuple[str, str]
 
 
 def test_cross_entropy_compiles_once_for_all_batches(compilations: set[tuple[str, str]]) -> None:
+    plan = Plan(None, 1.0, 0.0, 1.0, -100, 1.0, None, 1.0, None, 64.0)
     for rows in (1, 16, 9):
-        pocl_kernels.operators.backend_module("triton", torch.device("cpu")).linear_cross_entropy(
-            torch.randn(rows, 8), torch.randn(50, 8), None, torch.randint(0, 50, (rows,)), torch.ones(rows), -100,
-            1.0, None, 64.0, Gradients(True, True, False),
-        )  # fmt: skip
+        hidden, weight, labels = torch.randn(rows, 8), torch.randn(50, 8), torch.randint(0, 50, (rows,))
+        inputs = Inputs(hidden, weight, None, None, None, None, labels, torch.ones(rows))
+        backend.linear_cross_entropy(inputs, plan, Gradients(True, True, False))
     assert len(compilations) == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pocl_kernels import JSD
-from pocl_kernels.plan import Gradients, Plan
+from pocl_kernels.plan import Gradients, Inputs, Plan
 from pocl_kernels.triton_backend import backend, gemm, steps
 from pocl_kernels.triton_backend.chunks import WHOLE_TILES, chunk_rows, tile_shape
 from pocl_kernels.triton_backend.projection import Projection, padded
@@ -98,11 +98,11 @@ def test_measured_scratch_does_not_grow_with_the_rows(memory: str, monkeypatch: 
     used = []
     for rows in (512, 512, 1536):  # the first warms up
         hidden = [torch.randn(rows, 4) for _ in range(2)]
-        arguments = (hidden[0], weights[0], None, hidden[1], weights[1], None, None, torch.ones(rows), plan)
+        inputs = Inputs(hidden[0], weights[0], None, hidden[1], weights[1], None, None, torch.ones(rows))
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
-        result = backend.linear_divergence(*arguments, Gradients(True, True, False))
+        result = backend.linear_divergence(inputs, plan, Gradients(True, True, False))
         kept = sum(x.nbytes for x in result if x is not None)
         used.append((status("VmHWM") - before - kept) / MIB)
         del result

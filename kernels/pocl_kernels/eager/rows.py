@@ -1,4 +1,4 @@
-"""The row kernels in eager PyTorch: for float64 and for machines without a C compiler. Same contract, same results.
+"""The row kernels in eager PyTorch, for float64 on every device and for machines without a C compiler.
 
 The temporaries of a definition are a dozen times its input, so rows go through in sub-blocks of about 4 MB.
 """
@@ -27,7 +27,8 @@ def divergence_rows(
     out: Tensor,  # [n, 3]: divergence, cross-entropy, entropy
     group: VocabularyGroup | None = None,
 ) -> None:
-    """As ``divergence_rows.c``, whole rows at a time. With a group, V is this process's share of the vocabulary."""
+    """As ``cpu/divergence_rows.c``, whole rows at a time. With a group, V is this process's share of the vocabulary."""
+    assert plan.divergence is not None
     step = max(1, SUB_BLOCK_ELEMENTS // (zs.shape[1] if group is None else group.largest))
     for first in range(0, zs.shape[0], step):
         part = slice(first, first + step)
@@ -73,7 +74,7 @@ def cross_entropy_rows(
     want_grad: bool,
     out: Tensor,  # [n]
 ) -> None:
-    """See ``cross_entropy_rows.c``."""
+    """See ``cpu/cross_entropy_rows.c``."""
     step = max(1, SUB_BLOCK_ELEMENTS // z.shape[1])
     for first in range(0, z.shape[0], step):
         part = slice(first, first + step)
