@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pocl.data.tables import arrow_column
+from pocl.run_folder import fingerprint
+
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
+    from numpy.typing import ArrayLike, NDArray
 
 DIRECTIONS = ("ascending", "descending")
 PARTITIONS = ("count", "quantile")
@@ -46,12 +53,12 @@ KL_TO_TEACHER = Criterion("kl_to_teacher", "ascending")
 PAPER_CRITERIA = (ROUGE_L, CROSS_ENTROPY)
 
 
-def ordinal_ranks(values: Sequence[float], *, direction: str = "ascending") -> list[int]:
-    """1-based ranks of `values`, 1 = easiest; ties keep their order, so the ranks are a permutation of 1..N."""
-    order = sorted(range(len(values)), key=lambda i: values[i], reverse=direction == "descending")
-    ranks = [0] * len(values)
-    for position, index in enumerate(order, start=1):
-        ranks[index] = position
+def ordinal_ranks(values: ArrayLike, *, direction: str = "ascending") -> NDArray[np.int64]:
+    """1-based ranks of finite `values` [N], 1 = easiest; ties keep their order: the ranks are a permutation of 1..N."""
+    keys = np.asarray(values, dtype=np.float64)
+    order = np.argsort(-keys if direction == "descending" else keys, kind="stable")
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[order] = np.arange(1, len(keys) + 1)
     return ranks
 
 
@@ -84,18 +91,18 @@ def rank(
     chosen = tuple(c if isinstance(c, Criterion) else Criterion(**c) for c in criteria)
     _check(scores, k, num_subsets, chosen, partition)
     columns = {f"rank_{c.column}": ordinal_ranks(_finite(scores, c), direction=c.direction) for c in chosen}
-    weights = [c.weight for c in chosen]
-    # fsum rounds once: samples with the same ranks under other criteria tie exactly, whatever the criteria's order
-    fused = [
-        math.fsum(w / (k + r) for w, r in zip(weights, ranks, strict=True))
-        for ranks in zip(*columns.values(), strict=True)
-    ]
+    # rounded once: samples with the same ranks under other criteria tie exactly, whatever the criteria's order
+    fused = _exact_sums(
+        [np.divide(c.weight, k + ranks, dtype=np.float64) for c, ranks in zip(chosen, columns.values(), strict=True)]
+    )
     ranks = ordinal_ranks(fused, direction="descending")
     subsets = _by_count(ranks, num_subsets) if partition == "count" else _by_quantile(fused, ranks, num_subsets)
     new = {"rank": ranks, "rrf_score": fused, "subset": subsets, **columns}
     out = scores.remove_columns([c for c in new if c in scores.column_names])
+    # a fingerprint that is given spares `datasets` the pickling of every value
+    settings = [scores._fingerprint, k, num_subsets, list(map(asdict, chosen)), partition]
     for name, values in new.items():
-        out = out.add_column(name, values)
+        out = out.add_column(name, values, new_fingerprint=fingerprint([*settings, name]))
     return out
 
 
@@ -121,31 +128,57 @@ def _check(scores: Dataset, k: float, num_subsets: int, criteria: Sequence[Crite
         raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
 
 
-def _finite(scores: Dataset, criterion: Criterion) -> list[float]:
-    values = [math.nan if v is None else float(v) for v in scores[criterion.column]]
-    bad = [i for i, v in enumerate(values) if not math.isfinite(v)]
-    if bad:
+def _finite(scores: Dataset, criterion: Criterion) -> NDArray[np.float64]:
+    values = _numbers(arrow_column(scores, criterion.column), criterion.column)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
         ids = scores["sample_id"] if "sample_id" in scores.column_names else range(len(scores))
         raise ValueError(
-            f"criterion {criterion.column!r} is not finite for sample {ids[bad[0]]}"
+            f"criterion {criterion.column!r} is not finite for sample {ids[int(bad[0])]}"
             f"{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}; score it again or drop it"
         )
     return values
 
 
-def _by_count(ranks: Sequence[int], n: int) -> list[int]:
-    size = len(ranks) // n
-    return [min((r - 1) // size, n - 1) for r in ranks]
+def _numbers(column: pa.ChunkedArray, name: str) -> NDArray[np.float64]:
+    """A column as float64, null as NaN."""
+    import pyarrow as pa
+
+    try:
+        return column.cast(pa.float64(), safe=False).to_numpy()
+    except pa.ArrowException:
+        raise ValueError(
+            f"criterion {name!r} must be a column of numbers, got one of type {column.type}; name another column"
+        ) from None
 
 
-def _by_quantile(fused: Sequence[float], ranks: Sequence[int], n: int) -> list[int]:
+def _exact_sums(terms: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Elementwise sums, each rounded once, as `math.fsum` rounds: what is lost is added up beside the sum."""
+    total, lost, size = terms[0], np.zeros_like(terms[0]), np.zeros_like(terms[0])
+    for term in terms[1:]:
+        new = total + term
+        kept = new - total
+        error = (total - (new - kept)) + (term - kept)  # exactly what this addition lost (Knuth's TwoSum)
+        total, lost, size = new, lost + error, size + np.abs(error)
+    slack = size * (len(terms) * np.finfo(np.float64).eps)  # of `lost`, which is a sum of rounded numbers itself
+    low, high = total + (lost - slack), total + (lost + slack)
+    for i in np.flatnonzero(low != high):  # between two numbers by a hair: few, if any
+        high[i] = math.fsum(float(term[i]) for term in terms)
+    return high
+
+
+def _by_count(ranks: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    return np.minimum((ranks - 1) // (len(ranks) // n), n - 1)
+
+
+def _by_quantile(fused: NDArray[np.float64], ranks: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     # A sample's place is that of the first (easiest) sample with its score: ties never straddle a cut.
-    first: dict[float, int] = {}
-    for r, score in sorted(zip(ranks, fused, strict=True)):
-        first.setdefault(score, r)
-    subsets = [(first[score] - 1) * n // len(fused) for score in fused]
-    empty = sorted(set(range(n)) - set(subsets))
-    if empty:
+    ordered = np.empty_like(fused)
+    ordered[ranks - 1] = fused  # easiest first, that is, from large to small
+    first = len(fused) - np.searchsorted(ordered[::-1], fused, side="right")
+    subsets = first * n // len(fused)
+    empty = np.setdiff1d(np.arange(n), subsets)
+    if len(empty):
         raise ValueError(
             f'partition="quantile" leaves subset {empty[0]} empty, for too many samples have the same score; '
             'use partition="count", fewer subsets or another criterion'

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 from torch import nn
 
+from pocl.data.tables import arrow_column
 from pocl.difficulty.measure import (
     MAX_BATCH_TOKENS,
     Advance,
@@ -29,7 +29,7 @@ from pocl.difficulty.measure import (
 )
 from pocl.difficulty.processes import Processes
 from pocl.difficulty.samples import Sample, SampleReader, mark_of, split_into_shards
-from pocl.difficulty.store import MemoryStore, ShardStore, add_ids
+from pocl.difficulty.store import MemoryStore, ShardStore, add_ids, check_ids
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
 from pocl.generation.settings import text_config
 from pocl.rouge import rouge_l
@@ -255,12 +255,7 @@ def _check_ids(dataset: Any, read: SampleReader) -> None:
         return
     if len(dataset) == 0:
         raise ValueError("dataset is empty; there is nothing to score")
-    ids, counts = np.unique(np.asarray(dataset[read.id_column]), return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(
-            f"{int((counts > 1).sum())} sample ids occur more than once, the first is {ids[counts > 1][0]}; "
-            "an id names one sample: number the rows anew"
-        )
+    check_ids([arrow_column(dataset, read.id_column).to_numpy()])
 
 
 def _answering(

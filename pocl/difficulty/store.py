@@ -11,14 +11,18 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pocl.run_folder import differences
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MARK = b"pocl_samples"
 _PARQUET = {"compression": "zstd", "write_page_checksum": True}
@@ -115,18 +119,16 @@ class ShardStore:
         Raises:
             ValueError: an id occurs in two shards, or there is no sample at all.
         """
-        seen: set[int] = set()
 
         def write(file: Any) -> None:
-            writer = None
+            writer, ids = None, []
             for table in self._tables(num_shards):
-                add_ids(table["sample_id"].to_pylist(), seen)
+                ids.append(table["sample_id"].to_numpy())
                 writer = writer or pq.ParquetWriter(file, table.schema, **_PARQUET)
                 writer.write_table(table)
             if writer is not None:
                 writer.close()
-            if not seen:
-                raise ValueError(f"no sample is left to score: none of {num_shards} shards has one with a response")
+            check_ids(ids)
 
         _write(self.table_path, write)
 
@@ -162,11 +164,7 @@ class MemoryStore:
 
     def finish(self, num_shards: int) -> None:
         """Checks the ids, as `ShardStore.finish` does."""
-        seen: set[int] = set()
-        for index in range(num_shards):
-            add_ids(self._tables[index]["sample_id"].to_pylist(), seen)
-        if not seen:
-            raise ValueError("no sample is left to score: none has a response")
+        check_ids([self._tables[index]["sample_id"].to_numpy() for index in range(num_shards)])
 
     def read(self) -> pa.Table:
         """All shards in order as one table."""
@@ -185,6 +183,22 @@ def add_ids(ids: Iterable[int], seen: set[int]) -> None:
                 f"sample id {sample_id} occurs more than once; an id names one sample: number the rows anew"
             )
         seen.add(sample_id)
+
+
+def check_ids(ids: Sequence[NDArray[np.int64]]) -> None:
+    """Refuses the sample ids of all shards together.
+
+    Raises:
+        ValueError: there are none, or one occurs more than once.
+    """
+    found, counts = np.unique(np.concatenate(ids) if ids else [], return_counts=True)
+    if not len(found):
+        raise ValueError(f"no sample is left to score: none of {len(ids)} shards has one with a response")
+    if (counts > 1).any():
+        raise ValueError(
+            f"{int((counts > 1).sum())} sample ids occur more than once, the first is {found[counts > 1][0]}; "
+            "an id names one sample: number the rows anew"
+        )
 
 
 def _write(path: Path, write: Callable[[Any], Any]) -> None:

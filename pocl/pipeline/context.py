@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.embedded import EMBEDDED, embedded_versions, teacher_folder
 from pocl.recipe import Recipe
 from pocl.recipe.sections import StudentSection, TeacherSection
-from pocl.run_folder import content_fingerprint
+from pocl.run_folder import content_fingerprint, fingerprint
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from rich.console import Console
 
@@ -148,12 +149,20 @@ def naming_folder(source: str) -> Iterator[None]:
         raise OSError(f"the hub cannot be reached, and {missing}") from error
 
 
-def read_parquet(path: Path) -> Dataset:
-    """A table in memory; nothing is copied to the cache that `datasets` keeps."""
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Dataset:
+    """A table, or some of its columns, in memory; nothing is copied to the cache that `datasets` keeps."""
     import pyarrow.parquet
+
+    stat = path.stat()
+    mark = fingerprint([str(path.absolute()), stat.st_size, stat.st_mtime_ns, columns])
+    return in_memory(pyarrow.parquet.read_table(path, columns=columns), mark)
+
+
+def in_memory(table: pa.Table, mark: str) -> Dataset:
+    """An Arrow table as a `Dataset`. `mark` stands for its content; without one `datasets` would pickle every value."""
     from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path))
+    return Dataset(table, fingerprint=mark)
 
 
 def write_parquet(table: Dataset, path: Path) -> None:

@@ -8,13 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
 from pocl.curriculum import Curriculum, Ramp, Stage, per_stage
-from pocl.pipeline.context import Context, read_parquet, write_parquet
+from pocl.data.tables import arrow_column, arrow_table
+from pocl.pipeline.context import Context, in_memory, read_parquet, write_parquet
 from pocl.recipe import Recipe
 from pocl.run_folder import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from numpy.typing import NDArray
 
     from pocl.difficulty import Criterion
     from pocl.teacher import Teacher
@@ -182,8 +187,6 @@ def criteria_of(recipe: Recipe) -> list[Criterion]:
 
 def rank_samples(context: Context) -> Mapping[str, Any]:
     """Score every training sample with the student as it is, rank, and cut the ranking into parts."""
-    from datasets import concatenate_datasets
-
     from pocl.difficulty import rank, score
     from pocl.generation import GenerationSettings
 
@@ -209,16 +212,24 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
     if section.needs_answers:
         # `response` is the reference in a data set that other trainers read: the student's answer gets another name
         ranked = ranked.rename_column("response", "student_response")
-    order = {number: row for row, number in enumerate(examples["id"])}
-    source = read_parquet(context.path / "data" / "train-source.parquet")
-    source = source.select([order[number] for number in ranked["sample_id"]])
-    source = source.rename_columns(names_beside_ranking(source.column_names))
-    write_parquet(concatenate_datasets([source, ranked], axis=1), context.path / "ranking" / "ranked.parquet")
+    write_parquet(_beside_source(context, examples, ranked), context.path / "ranking" / "ranked.parquet")
     easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
     return {
         "note": f"Mean cross-entropy {easiest:.2f} in the easiest part, {hardest:.2f} in the hardest; "
         f"{context.path / 'ranking' / 'ranked.parquet'}"
     }
+
+
+def _beside_source(context: Context, examples: Dataset, ranked: Dataset) -> Dataset:
+    """The ranking behind the columns of the data's own rows."""
+    from datasets import concatenate_datasets
+
+    source = read_parquet(context.path / "data" / "train-source.parquet")
+    if len(ranked) < len(examples):  # both are in the order of the data
+        scored = np.isin(arrow_column(examples, "id").to_numpy(), arrow_column(ranked, "sample_id").to_numpy())
+        source = in_memory(arrow_table(source).filter(pa.array(scored)), f"{source._fingerprint}-scored")
+    source = source.rename_columns(names_beside_ranking(source.column_names))
+    return concatenate_datasets([source, ranked], axis=1)
 
 
 def names_beside_ranking(columns: Sequence[str]) -> dict[str, str]:
@@ -233,18 +244,24 @@ def names_beside_ranking(columns: Sequence[str]) -> dict[str, str]:
 
 
 def _mean(ranked: Dataset, part: int) -> float:
-    pairs = zip(ranked["cross_entropy"], ranked["subset"], strict=True)
-    values = [value for value, subset in pairs if subset == part]
-    return sum(values) / len(values)
+    values, subsets = (arrow_column(ranked, name).to_numpy() for name in ("cross_entropy", "subset"))
+    return float(values[subsets == part].mean())
+
+
+def _subsets(ranked: Dataset, sample_ids: NDArray[np.int64]) -> list[int]:
+    """The subset of each of some samples."""
+    ids, subsets = (arrow_column(ranked, name).to_numpy() for name in ("sample_id", "subset"))
+    order = np.argsort(ids)
+    found: list[int] = subsets[order[np.searchsorted(ids, sample_ids, sorter=order)]].tolist()
+    return found
 
 
 def train_curriculum(context: Context) -> Mapping[str, Any]:
     """Train the student through the stages and save it with its tokenizer."""
     recipe = context.recipe
     rows = context.rows("train")
-    ranked = read_parquet(context.path / "ranking" / "ranked.parquet")
-    subset_of = dict(zip(ranked["sample_id"], ranked["subset"], strict=True))
-    subsets = [subset_of[number] for number in rows["sample_id"]]
+    ranked = read_parquet(context.path / "ranking" / "ranked.parquet", columns=["sample_id", "subset"])
+    subsets = _subsets(ranked, arrow_column(rows, "sample_id").to_numpy())
     curriculum = curriculum_of(recipe)
     folder = context.path / "training"
     trainer = _trainer(
