@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from pocl.run_lock import LOCK
+
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 
@@ -116,7 +118,7 @@ class RunFolder:
             stored = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
             if not self.change:
                 self._refuse(f"{self.path} belongs to another recipe", differences(stored, recipe))
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(not file.name.startswith(LOCK) for file in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path} is not empty and holds no {RECIPE}: it is not the folder of a run. "
                 "Choose another with --output."

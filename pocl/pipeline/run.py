@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from pocl.pipeline.engine import Step, run_steps
 from pocl.pipeline.steps import CACHE, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder
+from pocl.run_lock import only_user
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +35,7 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
     Raises:
         ValueError: the recipe has no such step.
         RunFolderError: the folder belongs to another recipe.
+        FolderInUseError: another process works in the folder.
     """
     from rich.console import Console
 
@@ -44,7 +47,8 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
         hint = "; to cache all the same, set teacher_cache.mode to cached" if until == CACHE else ""
         raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
     path = Path(recipe.output)
-    with Processes.current(devices=True) as processes:
+    with Processes.current(devices=True) as processes, contextlib.ExitStack() as held:
+        processes.first(lambda: held.enter_context(only_user(path)))
         folder = RunFolder(path, change=change)
         processes.first(lambda: folder.claim(recipe.model_dump(mode="json")))
         context = Context(recipe, path, (console or Console()) if processes.rank == 0 else Console(quiet=True))

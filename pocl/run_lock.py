@@ -1,0 +1,225 @@
+"""One process at a time in a run folder, on storage that several machines share too.
+
+The file `.lock` says who is at work: host, process, since when. The system's lock on it (`flock`) ends with its process,
+however that ends, and decides wherever it reaches: on one machine always. Between machines whose file system keeps such
+locks to itself, a sign of life decides: the holder touches the file every few seconds, and its age is read off the file
+system's own clock, so that clocks which differ do no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+LOCK = ".lock"
+SIGN_OF_LIFE = 20.0  # seconds between two
+STALE_AFTER = 120.0  # seconds without one, on another machine
+_WRITING = 5.0  # seconds that a new file may be empty before its maker is taken for dead
+
+_held: set[int] = set()  # file descriptors; a forked child must not keep its parent's lock alive
+_watches_forks = False
+
+
+class FolderInUseError(ValueError):
+    """Another process works in the folder; the message says which."""
+
+
+@contextlib.contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Be the only process that works in `folder`, which is made if it is not there.
+
+    A lock whose process is gone is taken over.
+
+    Raises:
+        FolderInUseError: another process works there: names it, its host and since when.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    handle = _acquire(path)
+    _register(handle)
+    done = threading.Event()
+    pulse = threading.Thread(target=_show_life, args=(handle, done), name="pocl-lock", daemon=True)
+    pulse.start()
+    try:
+        yield
+    finally:
+        done.set()
+        pulse.join()
+        with contextlib.suppress(OSError):  # a folder that is gone, a disk that went read-only
+            if _is_at(handle, path):
+                path.unlink()
+        _held.discard(handle)
+        os.close(handle)
+
+
+def user_of(folder: Path) -> dict[str, Any] | None:
+    """Who works in a folder: `host`, `pid`, `since`; None if nobody does."""
+    path = folder / LOCK
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        lock = _try_lock(handle)
+        return None if lock != "busy" and _is_stale(handle, path, lock) else _read(handle)
+    finally:
+        os.close(handle)
+
+
+def _acquire(path: Path) -> int:
+    looks = 0
+    for _ in range(40):
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            made = True
+        except FileExistsError:
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:  # its holder has just left
+                continue
+            made = False
+        try:
+            if made:
+                _wait_for_lock(handle)
+                _write(handle)
+                return handle
+            lock = _try_lock(handle)
+            if lock == "busy" or not _is_stale(handle, path, lock):
+                looks += 1  # several: somebody may just be writing who he is, or only look, as we do
+                if looks > 3 and (record := _read(handle)):
+                    raise FolderInUseError(_in_use(path, record))
+                time.sleep(0.1)
+            elif _is_at(handle, path):
+                # Renamed first: of several who find the same dead lock, one makes the next.
+                grave = path.with_name(f"{LOCK}-{uuid.uuid4().hex}")
+                path.rename(grave)
+                grave.unlink()
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+    raise FolderInUseError(_in_use(path, {}))
+
+
+def _in_use(path: Path, record: dict[str, Any]) -> str:
+    who = "another process"
+    if record:
+        who = f"process {record.get('pid')} on host {record.get('host')} since {record.get('since')}"
+    return (
+        f"{path.parent} is in use by {who}; wait until it ends or stop it, or choose another folder with --output. "
+        f"If no such process runs any more, remove {path}"
+    )
+
+
+def _try_lock(handle: int) -> Literal["ours", "busy", "none"]:
+    """Take the system's lock; `none`: this file system has no locks."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "busy"
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        return "none"
+    return "ours"
+
+
+def _wait_for_lock(handle: int) -> None:
+    """Of a file just made: whoever looked at it before it said anything lets go of it at once."""
+    for _ in range(50):
+        if _try_lock(handle) != "busy":
+            return
+        time.sleep(0.05)
+
+
+def _is_stale(handle: int, path: Path, lock: str) -> bool:
+    """Whether the process that wrote the file is gone; `lock` is what trying the system's lock gave, not `busy`."""
+    record = _read(handle)
+    if not record:
+        return _age(handle, path) > _WRITING
+    here = _machine()
+    if record.get("boot") == here["boot"] != "":
+        return lock == "ours" or not _is_alive(record["pid"])  # one kernel: it would not give us a living one's lock
+    if record.get("host") == here["host"]:
+        return lock == "ours" or here["boot"] != "" or not _is_alive(record["pid"])  # another boot: started anew since
+    return _age(handle, path) > STALE_AFTER
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _age(handle: int, path: Path) -> float:
+    """Seconds since the last sign of life, by the clock of the file system."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{LOCK}-") as probe:
+        return os.stat(probe.name).st_mtime - os.fstat(handle).st_mtime
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _machine() -> dict[str, str]:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.is_file() else ""}
+
+
+def _read(handle: int) -> dict[str, Any]:
+    text = os.pread(handle, 4096, 0)
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write(handle: int) -> None:
+    record = {**_machine(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv[:3]}
+    os.pwrite(handle, json.dumps(record).encode(), 0)
+    os.fsync(handle)
+
+
+def _show_life(handle: int, done: threading.Event) -> None:
+    while not done.wait(SIGN_OF_LIFE):
+        with contextlib.suppress(OSError):
+            os.utime(handle)
+
+
+def _register(handle: int) -> None:
+    global _watches_forks
+    if not _watches_forks:
+        os.register_at_fork(after_in_child=_forget)
+        _watches_forks = True
+    _held.add(handle)
+
+
+def _forget() -> None:
+    for handle in _held:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _held.clear()

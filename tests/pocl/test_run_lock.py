@@ -1,0 +1,117 @@
+"""One process at a time in a folder: refused in words, released however a process ends, taken over when it is gone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocl.run_lock import LOCK, STALE_AFTER, FolderInUseError, only_user, user_of
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pocl.run_lock import only_user
+with only_user(Path(sys.argv[1])):
+    print("held", flush=True)
+    {then}
+"""
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A factory: another process that works in a folder by the time the call returns."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(folder: Path, then: str = "time.sleep(60)") -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", HOLD.format(then=then), str(folder)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_a_second_process_is_refused_with_who_is_there(tmp_path: Path, hold: Any) -> None:
+    process = hold(tmp_path / "run")
+    message = rf"in use by process {process.pid} on host .* since 20"
+    with pytest.raises(FolderInUseError, match=message), only_user(tmp_path / "run"):
+        pytest.fail("two at once")
+    assert user_of(tmp_path / "run")["pid"] == process.pid
+
+
+def test_a_folder_is_free_after_work_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        with only_user(tmp_path / "run"), pytest.raises(FolderInUseError), only_user(tmp_path / "run"):
+            pytest.fail("two at once")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert user_of(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, hold: Any, sign: signal.Signals) -> None:
+    process = hold(tmp_path)
+    process.send_signal(sign)
+    process.wait()
+    assert user_of(tmp_path) is None
+    with only_user(tmp_path):
+        assert user_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_child_that_outlives_a_killed_process_does_not_hold_its_lock(tmp_path: Path, hold: Any) -> None:
+    process = hold(tmp_path, "import os\n    print(os.fork() or time.sleep(5), flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    with only_user(tmp_path):
+        os.kill(child, 0)  # it lives
+    os.kill(child, signal.SIGKILL)
+
+
+def foreign(folder: Path, seconds_ago: float) -> None:
+    """The lock of a process on another machine, whose system's lock does not reach here."""
+    record = {"host": "elsewhere", "boot": "other", "pid": 1, "since": "2026-01-01 00:00:00"}
+    (folder / LOCK).write_text(json.dumps(record))
+    os.utime(folder / LOCK, times=(time.time() - seconds_ago,) * 2)
+
+
+def test_another_machine_is_believed_alive_while_it_gives_signs(tmp_path: Path) -> None:
+    foreign(tmp_path, STALE_AFTER / 2)
+    with pytest.raises(FolderInUseError, match="process 1 on host elsewhere"), only_user(tmp_path):
+        pytest.fail("two at once")
+    foreign(tmp_path, STALE_AFTER * 2)
+    with only_user(tmp_path):
+        assert user_of(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_lock_that_says_nothing_belongs_to_nobody_once_it_is_old(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCK).write_text(text)
+    os.utime(tmp_path / LOCK, times=(time.time() - 60,) * 2)
+    with only_user(tmp_path):
+        assert user_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path: Path, hold: Any) -> None:
+    dead = hold(tmp_path)
+    dead.kill()
+    dead.wait()
+    words = [sys.executable, "-c", HOLD.format(then="time.sleep(3)"), str(tmp_path)]
+    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    ends = [(process.communicate(), process.returncode) for process in started]
+    assert sorted(code for _, code in ends) == [0, 1, 1, 1, 1, 1]
+    assert all("in use by process" in error for (_, error), code in ends if code)
