@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from pocl.curriculum import Curriculum, Stage
     from pocl.loss import DistillationLoss
     from pocl.teacher import HiddenStateCache, OnlineTeacher
@@ -68,6 +69,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("pocl")
     if name not in __all__:
         raise AttributeError(f"module 'pocl' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(_LAZY.get(name, "pocl_kernels")), name)

@@ -1,4 +1,4 @@
-"""The command line: `pocl quickstart | rank | cache-teacher | distill | evaluate | report | bench`.
+"""The command line: `pocl quickstart | rank | cache-teacher | distill | evaluate | report | status | keys | bench`.
 
 Models, data sets and torch are imported by the commands that need them, so that `--help` answers at once.
 """
@@ -43,6 +43,26 @@ _DryRun = Annotated[
 ]
 
 
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"pocl {version('pocl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Distil a large language model into a small one, from easy to hard (POCL)."""
+
+
 @app.command(context_settings=_OVERRIDES)
 def quickstart(context: typer.Context, dry_run: _DryRun = False, change: _Change = False) -> None:
     """Distil a small real model on real data, both from the Python registry, in minutes on a CPU, and write a report.
@@ -83,12 +103,68 @@ def cache_teacher(context: typer.Context, recipe: _RecipeArgument, change: _Chan
 
 
 @app.command(context_settings=_OVERRIDES)
-def evaluate(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
-    """Compare teacher, untrained and trained student of a finished run on its held-out samples.
+def evaluate(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(help="Folder of a finished run, or its recipe.")],
+    data: Annotated[
+        str, typer.Option(help="Other questions: file, folder or hub id; the run's own when left out.")
+    ] = "",
+    split: Annotated[str, typer.Option(help="Split of --data, where it has several.")] = "test",
+    name: Annotated[str, typer.Option(help="Folder below evaluation/ for the scores; made up when left out.")] = "",
+    models: Annotated[
+        str, typer.Option(help="Some of teacher, student-initial, student-warmup, student, or folders; comma between.")
+    ] = "",
+    as_json: _Json = False,
+) -> None:
+    """Score the models of a finished run, on its held-out questions or on any others. Trains nothing.
 
-    [dim]Further words override the recipe: --evaluation.temperature 1[/dim]
+    Scores of other questions lie in evaluation/NAME/, and the report shows them. [dim]Further words override the
+    recipe: --evaluation.temperature 1[/dim]
     """
-    _run(recipe, context.args, until="evaluation", change=change, trained=True)
+
+    def work(console: Console) -> None:
+        from pocl.pipeline.benchmarking import evaluate_run
+        from pocl.recipe import load_recipe
+        from pocl.report import results_table
+
+        recipe = load_recipe(run, context.args)
+        _quiet_libraries()
+        done = evaluate_run(
+            recipe,
+            data=data or None,
+            split=split,
+            name=name or None,
+            models=[model for model in models.split(",") if model],
+            console=_aside(console, as_json),
+        )
+        if as_json:
+            print_json({"name": done.name, "folder": str(done.folder), "metrics": done.metrics})
+        elif done.name == "held-out":
+            _print_outcome(Path(recipe.output), "evaluation", console)
+        else:
+            _print_results(results_table(done.metrics, {}), console)
+            console.print(f"\nScores:   {done.folder}", highlight=False, soft_wrap=True)
+
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, at work or not.")] = Path("runs/quickstart"),
+    as_json: _Json = False,
+) -> None:
+    """Say what a run has done, what it is at, how long it will still take, its last figures and its size on disk."""
+
+    def work(console: Console) -> None:
+        from pocl.status import print_status, status_of
+
+        found = status_of(folder)
+        if as_json:
+            print_json(found)
+        else:
+            print_status(found, console)
+
+    _guarded(work, f"pocl status {shlex.quote(str(folder))}")
 
 
 @app.command()
@@ -99,8 +175,10 @@ def report(
 
     def work(console: Console) -> None:
         from pocl.report import write_report
+        from pocl.run_folder import RunFolder
 
         console.print(f"Report: {write_report(folder)}", highlight=False)
+        RunFolder(folder).refresh("report", ["report"])
 
     _guarded(work, f"pocl report {shlex.quote(str(folder))}")
 
@@ -138,10 +216,9 @@ def _run(
     until: str = "report",
     dry_run: bool = False,
     change: bool = False,
-    trained: bool = False,
     plot: bool = False,
 ) -> None:
-    """Read a recipe and run it up to a step; `trained`: only if its training is finished; `plot`: show the ranking."""
+    """Read a recipe and run it up to a step; `plot`: show the ranking."""
 
     def work(console: Console) -> None:
         from pocl.recipe import load_recipe
@@ -151,8 +228,6 @@ def _run(
         if dry_run:
             _print_plan(recipe, console)
             return
-        if trained and not (Path(recipe.output) / "student").is_dir():
-            raise ValueError(f"{recipe.output} has no trained student yet: run pocl distill {name} first")
         from pocl.pipeline import run
 
         folder = run(recipe, until=until, change=change, console=console)
@@ -251,22 +326,41 @@ def _plot_ranking(folder: Path, console: Console) -> None:
                 console.print(f"    [dim]{name}:[/dim] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def _print_outcome(folder: Path, until: str, console: Console) -> None:
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _aside(console: Console, as_json: bool) -> Console:
+    """Where progress is told: apart from the JSON object that a program reads."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=console.quiet) if as_json else console
+
+
+def _print_results(content: Any, console: Console) -> None:
     from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column, title in enumerate(content.header):
+        table.add_column(title, justify="right" if column in content.numbers else "left")
+    for index, row in enumerate(content.rows):
+        table.add_row(*row, style="bold" if index == content.strong else None)
+    console.print()
+    console.print(table)
+    console.print("[dim]Cross-entropy and KL in nats per token, lower is better; ROUGE-L, higher is better.[/dim]")
+
+
+def _print_outcome(folder: Path, until: str, console: Console) -> None:
 
     from pocl.report import Run, results_table
 
     if until in ("evaluation", "report"):
         run = Run.read(folder)
         content = results_table(run.results, run.parameters)
-        table = Table(box=None, pad_edge=False)
-        for column, title in enumerate(content.header):
-            table.add_column(title, justify="right" if column in content.numbers else "left")
-        for index, row in enumerate(content.rows):
-            table.add_row(*row, style="bold" if index == content.strong else None)
-        console.print()
-        console.print(table)
-        console.print("[dim]Cross-entropy and KL in nats per token, lower is better; ROUGE-L, higher is better.[/dim]")
+        _print_results(content, console)
     shown = {"Student": "student", "Report": "report/index.html", "Ranking": "ranking/ranked.parquet"}
     console.print()
     for title, name in shown.items():

@@ -155,7 +155,8 @@ class RunFolder:
             for name in outputs:
                 _remove(self.path / name)
         kept = record.get("seconds", 0.0) if resumes else 0.0
-        self._save(step, {"state": "started", "fingerprint": mark, "settings": dict(settings), "seconds": kept})
+        record = {"state": "started", "fingerprint": mark, "settings": dict(settings), "seconds": kept}
+        self._save(step, record | {"started_at": time.time()})
         return resumes and any((self.path / name).exists() for name in outputs)
 
     def pause(self, step: str, *, seconds: float) -> None:
@@ -171,10 +172,19 @@ class RunFolder:
             "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
             "seconds": round(record["seconds"] + seconds, 1),
             "peak_memory_mb": peak_memory_mb(),
-            "files": {name: size for output in outputs for name, size in self._sizes(output)},
+            "files": self._files(outputs),
             "summary": dict(summary),
         }
         self._save(step, record)
+
+    def refresh(self, step: str, outputs: Sequence[str]) -> None:
+        """Note the files of a finished step anew, after they were written again outside it (a report)."""
+        record = self.record(step)
+        if record.get("state") == "finished":
+            self._save(step, record | {"files": self._files(outputs)})
+
+    def _files(self, outputs: Sequence[str]) -> dict[str, int]:
+        return {name: size for output in outputs for name, size in self._sizes(output)}
 
     def _sizes(self, output: str) -> list[tuple[str, int]]:
         path = self.path / output

@@ -1,9 +1,9 @@
 """One process at a time in a run folder, on storage that several machines share too.
 
-The file `.lock` says who is at work: host, process, since when. The system's lock on it (`flock`) ends with its process,
-however that ends, and decides wherever it reaches: on one machine always. Between machines whose file system keeps such
-locks to itself, a sign of life decides: the holder touches the file every few seconds, and its age is read off the file
-system's own clock, so that clocks which differ do no harm.
+The file `.lock` says who is at work: host, process, since when. The system's lock on it (`flock`) ends with its
+process, however that ends, and decides wherever it reaches: on one machine always. Between machines whose file system
+keeps such locks to itself, a sign of life decides: the holder touches the file every few seconds, and its age is read
+off the file system's own clock, so that clocks which differ do no harm.
 """
 
 from __future__ import annotations

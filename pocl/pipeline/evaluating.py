@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pocl.pipeline.context import Context
 from pocl.run_folder import write_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def evaluated_models(context: Context) -> dict[str, str]:
@@ -23,6 +27,21 @@ def evaluated_models(context: Context) -> dict[str, str]:
 
 def evaluate_models(context: Context) -> Mapping[str, Any]:
     """Cross-entropy, KL to the teacher and ROUGE-L of every model; one file each, so that a restart goes on."""
+    metrics = score_models(context, evaluated_models(context), context.examples("test"), context.path / "evaluation")
+    return {"metrics": metrics, "note": f"{metrics['student-final']['num_samples']} questions."}
+
+
+def score_models(
+    context: Context, models: Mapping[str, str], examples: Dataset, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The metrics of each model on examples; `folder/<key>.json` holds them with the answers.
+
+    Args:
+        context: the run, with the evaluation section to go by.
+        models: what each is called, and its folder or hub id.
+        examples: what `load_examples` gives.
+        folder: a model whose file is there already is not evaluated again.
+    """
     from pocl.evaluate import evaluate
     from pocl.generation import GenerationSettings
 
@@ -34,14 +53,14 @@ def evaluate_models(context: Context) -> Mapping[str, Any]:
         temperature=section.temperature if sampled else 1.0,
     )
     metrics: dict[str, Any] = {}
-    for key, source in evaluated_models(context).items():
-        file = context.path / "evaluation" / f"{key}.json"
+    for key, source in models.items():
+        file = folder / f"{key}.json"
         if not file.is_file():
             is_teacher = key == "teacher"
             result = evaluate(
                 context.teacher() if is_teacher else context.load_student(source),
                 context.tokenizer(),
-                context.examples("test"),
+                examples,
                 teacher=None if is_teacher else context.teacher(),
                 generation=settings,
                 seeds=section.seeds if sampled else (),
@@ -52,7 +71,7 @@ def evaluate_models(context: Context) -> Mapping[str, Any]:
                 record["kl_to_teacher"] = 0.0
             write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         metrics[key] = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "responses"}
-    return {"metrics": metrics, "note": f"{metrics['student-final']['num_samples']} questions."}
+    return metrics
 
 
 def write_report(context: Context) -> Mapping[str, Any]:

@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl.pipeline.context import Context
-from pocl.pipeline.engine import Step, run_steps
+from pocl.pipeline.engine import Step, fingerprints, run_steps
 from pocl.pipeline.steps import CACHE, build_steps
 from pocl.recipe import Recipe
-from pocl.run_folder import RunFolder
+from pocl.run_folder import RunFolder, RunFolderError, differences
 from pocl.run_lock import only_user
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def run(recipe: Recipe, *, until: str = "report", change: bool = False, console: Console | None = None) -> Path:
+def run(
+    recipe: Recipe,
+    *,
+    until: str = "report",
+    change: bool = False,
+    only: bool = False,
+    console: Console | None = None,
+) -> Path:
     """Do what is missing in the recipe's output folder for the step `until`, and that step.
 
     Under `torchrun` or `accelerate launch` the processes rank and train together.
@@ -27,6 +34,7 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
         recipe: what to do.
         until: name of the last step: models, data, teacher-cache, warm-up, ranking, training, evaluation, report.
         change: accept a folder of a recipe that differs and do again what is affected.
+        only: do the step `until` and none of those before it, which must be done.
         console: where progress is told; standard output when left out.
 
     Returns:
@@ -34,7 +42,7 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
 
     Raises:
         ValueError: the recipe has no such step.
-        RunFolderError: the folder belongs to another recipe.
+        RunFolderError: the folder belongs to another recipe, or with `only` lacks an earlier step.
         FolderInUseError: another process works in the folder.
     """
     from rich.console import Console
@@ -52,6 +60,8 @@ def run(recipe: Recipe, *, until: str = "report", change: bool = False, console:
         folder = RunFolder(path, change=change)
         processes.first(lambda: folder.claim(recipe.model_dump(mode="json")))
         context = Context(recipe, path, (console or Console()) if processes.rank == 0 else Console(quiet=True))
+        if only:
+            processes.first(lambda: check_done(steps, until, folder))
         run_steps(needed_for(steps, until), context, folder, context.console, processes)
     return path
 
@@ -63,3 +73,22 @@ def needed_for(steps: Sequence[Step], until: str) -> list[Step]:
         if step.name in found:
             found |= set(step.needs)
     return [step for step in steps if step.name in found]
+
+
+def check_done(steps: Sequence[Step], until: str, folder: RunFolder) -> None:
+    """Refuses a folder in which a step that `until` builds on is not done, or was done with other inputs.
+
+    Raises:
+        RunFolderError: names the first such step.
+    """
+    marks = fingerprints(steps)
+    for step in needed_for(steps, until)[:-1]:
+        if not folder.is_finished(step.name, marks[step.name]):
+            known = folder.record(step.name)
+            changed = known.get("state") == "finished" and known["fingerprint"] != marks[step.name]
+            lines = differences(known["settings"], step.settings) if changed else []
+            why = "was done with other inputs" if changed else "is not done, or has lost a file"
+            raise RunFolderError(
+                f"{folder.path}: the step {step.name!r} {why}{''.join(f'{chr(10)}  {line}' for line in lines)}\n"
+                f"The step {until!r} alone does not do it again; `pocl distill` does"
+            )

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pocl.recipe.sections import SHORTHAND, Recipe
+from pocl.run_folder import MANIFEST, RECIPE
 
 
 class RecipeError(ValueError):
@@ -32,12 +33,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = recipe_file(path)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(_text_of(file), _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{file}: expected `key: value` lines, got {type(values).__name__}")
+    if (file.parent / MANIFEST).is_file():  # the recipe that a run keeps says nothing of the folder it lies in
+        values.setdefault("output", str(file.parent))
     return build_recipe(values, overrides, origin=str(file))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, but a key that stands twice is an error: the first value would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            line = key_node.start_mark.line + 1
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.YAMLError(f"{key!r} stands twice, in lines {seen[key]} and {line}; keep one")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{file}: not UTF-8 text (byte {error.start + 1}); convert it: iconv -f LATIN1 -t UTF-8 {file} > new.yaml"
+        ) from None
 
 
 def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str = "recipe") -> Recipe:
@@ -83,14 +109,16 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def recipe_file(path: str | Path) -> Path:
-    """The file at `path`, or the shipped recipe of that name.
+    """The file at `path`, the one that a run folder at `path` keeps, or the shipped recipe of that name.
 
     Raises:
-        RecipeError: neither exists; the message lists the shipped names.
+        RecipeError: there is none; the message lists the shipped names.
     """
-    given = Path(path)
+    given = Path(path).expanduser()
     if given.is_file():
         return given
+    if (given / RECIPE).is_file() and (given / MANIFEST).is_file():
+        return given / RECIPE
     shipped = {file.stem: file for folder in _shipped_folders() for file in sorted(folder.glob("*.yaml"))}
     if str(path) in shipped:
         return shipped[str(path)]

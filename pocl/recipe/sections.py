@@ -5,11 +5,13 @@ Defaults are the paper's GPT-2 run (arXiv 2506.05695) wherever it says something
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -327,7 +329,7 @@ class Recipe(Section):
 
     name: str = "distillation"
     """What the report is titled."""
-    output: str = "runs/distillation"
+    output: Annotated[str, AfterValidator(os.path.expanduser)] = "runs/distillation"
     """Folder of the run; everything is written below it."""
     seed: NonNegativeInt = 10
     """Makes the run repeatable: data split, order, sampling."""

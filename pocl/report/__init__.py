@@ -29,7 +29,7 @@ def write_report(run_folder: str | Path) -> Path:
     folder.mkdir(exist_ok=True)
     document = Document(f"{'Ranking' if _only_ranks(run) else 'Distillation'} report: {run.recipe['name']}")
     document.add(Paragraph(_summary(run)))
-    for section in (_results, _difficulty, _stages, _answers, _work):
+    for section in (_results, _benchmarks, _difficulty, _stages, _answers, _work):
         section(run, folder, document)
     from pocl.run_folder import write_text
 
@@ -43,10 +43,11 @@ def results_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[
     header = ["model", "parameters", "cross-entropy", "KL to teacher", "ROUGE-L", "exact match"]
     rows = []
     for key, result in results.items():
-        count = parameters.get("teacher" if key == "teacher" else "student")
+        part = "teacher" if key == "teacher" else "student" if key in MODEL_NAMES else ""
+        count = parameters.get(part)
         rows.append(
             [
-                MODEL_NAMES[key],
+                MODEL_NAMES.get(key, key),
                 f"{count / 1e6:.1f} M" if count else "",
                 _number(result.get("cross_entropy")),
                 _number(result.get("kl_to_teacher")),
@@ -104,6 +105,15 @@ def _results(run: Run, folder: Path, document: Document) -> None:
         ),
         Picture("results.png", "The same numbers as bars."),
     )
+
+
+def _benchmarks(run: Run, folder: Path, document: Document) -> None:
+    if not run.benchmarks:
+        return
+    document.add(Heading("Other evaluations"))
+    for name, results in run.benchmarks.items():
+        count = next(iter(results.values()))["num_samples"]
+        document.add(Heading(f"{name}, {count} questions", 3), results_table(results, run.parameters))
 
 
 def _difficulty(run: Run, folder: Path, document: Document) -> None:

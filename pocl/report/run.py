@@ -32,6 +32,8 @@ class Run:
     """Columns of data/test.parquet."""
     results: Mapping[str, Mapping[str, Any]]
     """Evaluations by model, in the order of `MODEL_NAMES`."""
+    benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """Evaluations on other questions or by other settings, by name and model (`pocl evaluate`)."""
     warmup_log: Sequence[Mapping[str, Any]]
     log: Sequence[Mapping[str, Any]]
     """Training lines of the curriculum, one an entry of log.jsonl."""
@@ -56,6 +58,7 @@ class Run:
             ranked=_ranked(path),
             test=_columns(path / "data" / "test.parquet"),
             results={key: json.loads(f.read_text(encoding="utf-8")) for key, f in files.items() if f.is_file()},
+            benchmarks=_benchmarks(path / "evaluation"),
             warmup_log=[x for x in read_log(path / "warmup" / "log.jsonl") if "divergence" in x],
             log=[line for line in lines if "divergence" in line],
             validation=[line for line in lines if "eval_cross_entropy" in line],
@@ -94,6 +97,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return entries
+
+
+def _benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
+    """What lies in the folders below `evaluation/`: the models of the run first, in their order."""
+    found = {}
+    for settings in sorted(folder.glob("*/settings.json")):
+        files = {file.stem: file for file in sorted(settings.parent.glob("*.json")) if file != settings}
+        keys = [*(key for key in MODEL_NAMES if key in files), *(key for key in files if key not in MODEL_NAMES)]
+        found[settings.parent.name] = {key: json.loads(files[key].read_text(encoding="utf-8")) for key in keys}
+    return {name: results for name, results in found.items() if results}
 
 
 def _ranked(path: Path) -> dict[str, list[Any]]:

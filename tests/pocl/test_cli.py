@@ -1,13 +1,11 @@
 """Whole runs of the command line on a random model of two or three layers and 1,000 words."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from pocl.cli import app
@@ -25,59 +23,11 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, tiny_teacher_folder: Path, tiny_pairs: list[dict[str, str]]) -> Path:
-    """A recipe that cuts two layers of the three-layer teacher and trains two stages."""
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
-    return write_recipe(tmp_path, tiny_teacher_folder, data)
-
-
-def write_recipe(folder: Path, teacher: Path, data: Path) -> Path:
-    values = {
-        "name": "tiny",
-        "output": str(folder / "run"),
-        "teacher": str(teacher),
-        "student": {"cut": 2},
-        "data": {
-            "source": str(data),
-            "num_validation": 4,
-            "num_test": 6,
-            "template": "plain",
-            "max_length": 64,
-            "max_prompt_length": 32,
-        },
-        "warmup": {"epochs": 1},
-        "ranking": {"max_new_tokens": 8},
-        "curriculum": {"num_stages": 2, "epochs": 1},
-        "training": {"batch_size": 8},
-        "evaluation": {"max_new_tokens": 8},
-    }
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(values))
-    return file
-
-
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, tiny_pairs: list[dict[str, str]]
-) -> Path:
-    """A folder with a recipe and its finished run. Copy it before changing it."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
-    made = write_recipe(folder, tiny_teacher_folder, folder / "pairs.jsonl")
-    result = pocl("distill", made)
-    assert result.exit_code == 0, result.output
-    (folder / "output.txt").write_text(result.output)
-    return folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Callable[..., Any]:
+def copied(finished: Path, copied_run: Path) -> Callable[..., Any]:
     """Run `pocl` on a copy of the finished run: a call with the command and further words."""
-    shutil.copytree(finished / "run", tmp_path / "run")
 
     def call(command: str, *words: Any) -> Any:
-        return pocl(command, finished / "recipe.yaml", "--output", tmp_path / "run", *words)
+        return pocl(command, finished / "recipe.yaml", "--output", copied_run, *words)
 
     return call
 
@@ -353,11 +303,11 @@ def test_empty_responses_are_dropped_and_counted(recipe: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "command", ["quickstart", "rank", "cache-teacher", "distill", "evaluate", "report", "bench", "keys"]
+    "command", ["quickstart", "rank", "cache-teacher", "distill", "evaluate", "report", "status", "bench", "keys"]
 )
 def test_every_command_has_help(command: str) -> None:
     assert command in pocl("--help").output
     result = pocl(command, "--help")
     assert result.exit_code == 0
     text = " ".join(result.output.split())  # lines are broken to the terminal's width
-    assert ("Further words override the recipe: --" in text) is (command not in ("report", "bench", "keys"))
+    assert ("Further words override the recipe: --" in text) is (command not in ("report", "status", "bench", "keys"))

@@ -1,0 +1,128 @@
+"""What a run has done, what it is at, how long it will still take, and how much room it takes: `pocl status FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pocl.report.run import read_log
+from pocl.run_folder import MANIFEST, RECIPE, RunFolderError
+from pocl.run_lock import LOCK, user_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_FIGURES = ("divergence", "cross_entropy", "student_entropy", "learning_rate", "tokens_per_second")
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    """What is known about a run, as plain values; loads no model and reads no data.
+
+    Returns:
+        `name`; `state`: finished, running, stopped or empty; `user` (host, pid, since) while it runs; `steps`: each
+        with `name`, `state` (finished, running, stopped, waiting) and `seconds`; `training`: optimizer `step` of
+        `steps`, `seconds_left` of it, the last `figures` and `validation`; `results` by model; `bytes` on disk.
+
+    Raises:
+        RunFolderError: the folder is not that of a run.
+    """
+    if not ((folder / RECIPE).is_file() and ((folder / MANIFEST).is_file() or (folder / LOCK).is_file())):
+        raise RunFolderError(f"{folder} is not the folder of a run: it has no {RECIPE} and {MANIFEST}")
+    recipe, planned = _plan(folder)
+    records: Mapping[str, Any] = {}
+    if (folder / MANIFEST).is_file():
+        records = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["steps"]
+    user = user_of(folder)
+    steps = []
+    for name in planned:
+        record = records.get(name, {})
+        state = record.get("state", "waiting")
+        state = {"started": "running" if user else "stopped"}.get(state, state)
+        steps.append({"name": name, "state": state, "seconds": record.get("seconds")})
+    states = {step["state"] for step in steps}
+    state = "running" if user else "finished" if states == {"finished"} else "stopped" if records else "empty"
+    return {
+        "name": recipe.name,
+        "folder": str(folder),
+        "state": state,
+        "user": user,
+        "steps": steps,
+        "training": _training(folder, recipe, records),
+        "results": records.get("evaluation", {}).get("summary", {}).get("metrics", {}),
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+    }
+
+
+def _plan(folder: Path) -> tuple[Any, list[str]]:
+    from pocl.pipeline.steps import build_steps
+    from pocl.recipe import load_recipe
+
+    recipe = load_recipe(folder / RECIPE, ["--output", str(folder)])
+    return recipe, [step.name for step in build_steps(recipe, content=lambda *_: "")]
+
+
+def _training(folder: Path, recipe: Any, records: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the stages are, by their log."""
+    from pocl.pipeline.training import curriculum_of
+
+    lines = read_log(folder / "training" / "log.jsonl")
+    steps = [line for line in lines if "divergence" in line]
+    if not steps:
+        return {}
+    last = steps[-1]
+    found: dict[str, Any] = {
+        "step": last["step"],
+        "stage": last["stage"],
+        "figures": {name: last[name] for name in _FIGURES if name in last},
+        "validation": {k.removeprefix("eval_"): v for x in lines for k, v in x.items() if k.startswith("eval_")},
+    }
+    count = records.get("data", {}).get("summary", {}).get("counts", {}).get("train")
+    if not count:
+        return found
+    parts = recipe.curriculum.num_stages
+    subsets = [min(i // max(1, count // parts), parts - 1) for i in range(count)]
+    rows = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
+    curriculum = curriculum_of(recipe)
+    samples = curriculum.rows(subsets)
+    total = sum(stage.steps(len(chosen), rows) for stage, chosen in zip(curriculum.stages, samples, strict=True))
+    found["steps"] = max(total, last["step"])
+    record = records.get("training", {})
+    if record.get("state") == "started" and "started_at" in record:
+        spent = record["seconds"] + time.time() - record["started_at"]
+        found["seconds_left"] = round(spent / last["step"] * (found["steps"] - last["step"]))
+    return found
+
+
+def print_status(found: Mapping[str, Any], console: Console) -> None:
+    """The same for a person."""
+    from pocl.pipeline.engine import duration
+
+    console.print(f"[bold]{found['name']}[/bold] in {found['folder']}: {found['state']}", highlight=False)
+    if found["user"]:
+        user = found["user"]
+        console.print(
+            f"  process {user.get('pid')} on host {user.get('host')} since {user.get('since')}", highlight=False
+        )
+    for step in found["steps"]:
+        took = "" if step["seconds"] is None or step["state"] == "waiting" else f" in {duration(step['seconds'])}"
+        console.print(
+            f"  {step['state']:9} {step['name']}{took if step['state'] == 'finished' else ''}", highlight=False
+        )
+    training = found["training"]
+    if training:
+        of = f" of {training['steps']:,}" if "steps" in training else ""
+        left = f", about {duration(training['seconds_left'])} left" if training.get("seconds_left") else ""
+        console.print(f"Step {training['step']:,}{of} (stage {training['stage'] + 1}){left}", highlight=False)
+        figures = {**training["figures"], **{f"validation {k}": v for k, v in training["validation"].items()}}
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        console.print(f"  {shown}", highlight=False, soft_wrap=True)
+    for model, metrics in found["results"].items():
+        kl, rouge = metrics.get("kl_to_teacher"), metrics.get("rouge_l")
+        words = [f"cross-entropy {metrics['cross_entropy']:.3f}"]
+        words += [f"KL to teacher {kl:.3f}"] if kl is not None else []
+        words += [f"ROUGE-L {rouge:.4f}"] if rouge is not None else []
+        console.print(f"  {model:16} {', '.join(words)}", highlight=False)
+    console.print(f"{found['bytes'] / 1e6:,.1f} MB on disk", highlight=False)
