@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from pocl.difficulty.measure import MAX_BATCH_TOKENS, check_samples, token_scores
+from pocl.difficulty.measure import MAX_BATCH_TOKENS, check_models, check_samples, token_scores
 from pocl.difficulty.samples import Sample, SampleReader
 from pocl.generation import GenerationSettings, end_tokens, generate
 from pocl.rouge import rouge_l
@@ -103,8 +103,10 @@ def evaluate(
         progress: show progress bars.
 
     Raises:
-        ValueError: bad data (see `score`), or a teacher whose vocabulary differs in more than padding.
+        ValueError: bad data (see `score`), a model that the trainer would refuse (`pocl.heads.verify_head`), or a
+            teacher whose vocabulary differs in more than padding.
     """
+    check_models(model, teacher)
     read = SampleReader(
         tokenizer,
         examples.column_names,

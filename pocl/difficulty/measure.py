@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pocl.difficulty.samples import Sample
 from pocl.generation import GenerationSettings, Prefilled, Request, SlotEngine, maskable_attention, prefill
 from pocl.generation.fallback import answer_in_batches
-from pocl.generation.settings import check_prompts, context_length
-from pocl.heads import head_of, hidden_states
+from pocl.generation.settings import check_prompts
+from pocl.models import check_vocabularies, in_evaluation_mode, verify_head, view_of
 
 MAX_BATCH_TOKENS = 4096
 # On a CPU, so that the memory of scoring is the same for any vocabulary; at 150,000 tokens it costs 15 % of the speed.
@@ -63,13 +63,25 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
     return batches
 
 
+def check_models(model: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuses models whose scores would not be theirs: what the trainer checks of them.
+
+    Raises:
+        ValueError: see `pocl.heads.verify_head`; or the two differ in more than padding of the vocabulary.
+    """
+    verify_head(model)
+    if teacher is not None:
+        verify_head(teacher)
+        check_vocabularies(view_of(model).head().vocab_size, view_of(teacher).head().vocab_size)
+
+
 def check_samples(model: nn.Module, samples: Sequence[Sample]) -> None:
     """Refuses samples that the model cannot read.
 
     Raises:
         ValueError: prompt and response together exceed the model's context, or the prompt fills it; names the sample.
     """
-    context = context_length(model)
+    context = view_of(model).context
     for sample in samples:
         if context and len(sample) > context:
             raise ValueError(
@@ -188,13 +200,15 @@ def _batch_scores(
     rows, positions = _response_positions(samples, input_ids.device)
     labels = input_ids[rows, positions + 1]
     counts = [len(s.response) for s in samples]
-    chosen = (hidden_states(model, input_ids) if hidden is None else hidden)[rows, positions]
-    head = head_of(model)
+    view = view_of(model)
+    chosen = (view.hidden_states(input_ids) if hidden is None else hidden)[rows, positions]
+    head = view.head()
     scratch: dict[str, Any] = {"workspace_mb": _CPU_WORKSPACE_MB if input_ids.device.type == "cpu" else None}
     losses = fused_linear_cross_entropy(chosen, head, labels, reduction="none", **scratch)
     columns = {"cross_entropy": _means(losses, counts, samples, "cross-entropy")}
     if teacher is not None:
-        teacher_chosen, teacher_head = hidden_states(teacher, input_ids)[rows, positions], head_of(teacher)
+        of_teacher = view_of(teacher)
+        teacher_chosen, teacher_head = of_teacher.hidden_states(input_ids)[rows, positions], of_teacher.head()
         teacher_losses = fused_linear_cross_entropy(teacher_chosen, teacher_head, labels, reduction="none", **scratch)
         columns["teacher_cross_entropy"] = _means(teacher_losses, counts, samples, "teacher's cross-entropy")
         divergence = fused_linear_divergence(
@@ -229,7 +243,6 @@ def _evaluating(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
     with ExitStack() as stack:
         for each in (model, teacher):
             if each is not None:
-                stack.callback(each.train, each.training)
-                each.eval()
+                stack.enter_context(in_evaluation_mode(each))
         stack.enter_context(torch.inference_mode())
         yield

@@ -23,6 +23,7 @@ from pocl.difficulty.measure import (
     MAX_BATCH_TOKENS,
     Advance,
     Answering,
+    check_models,
     check_samples,
     scores_and_answers,
     token_scores,
@@ -31,7 +32,7 @@ from pocl.difficulty.processes import Processes
 from pocl.difficulty.samples import Sample, SampleReader, mark_of, split_into_shards
 from pocl.difficulty.store import MemoryStore, ShardStore, add_ids, check_ids
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
-from pocl.generation.settings import text_config
+from pocl.models import in_evaluation_mode, text_config
 from pocl.rouge import rouge_l
 from pocl.teacher.store import tokenizer_fingerprint, weights_fingerprint
 
@@ -106,8 +107,9 @@ def score(
         left out, with a warning.
 
     Raises:
-        ValueError: bad data or arguments, duplicate ids, a sample longer than the model's context, a value that is not
-            finite (names the sample), or an `output_dir` that belongs to another model, data or settings.
+        ValueError: bad data or arguments, a model that the trainer would refuse (`pocl.heads.verify_head`), duplicate
+            ids, a sample longer than the model's context, a value that is not finite (names the sample), or an
+            `output_dir` that belongs to another model, data or settings.
         OSError: no space is left; finished shards stay.
     """
     from datasets import Dataset
@@ -121,6 +123,7 @@ def score(
     _check_ids(dataset, read)
     if not answers and generation is not None:
         raise ValueError("generation is given but answers=False; leave out one of the two")
+    check_models(model, teacher)
     with Processes.current() as processes:
         if processes.size > 1 and output_dir is None:
             raise ValueError(f"output_dir is needed to share the work among {processes.size} processes")
@@ -268,11 +271,8 @@ def _answering(
     processes: Processes,
 ) -> Answering:
     """How answers will be made on this machine."""
-    was_training = model.training
-    try:
-        backend = resolve_backend(model.eval(), backend)
-    finally:
-        model.train(was_training)
+    with in_evaluation_mode(model):
+        backend = resolve_backend(model, backend)
     longest = max_prompt_length + settings.max_new_tokens
     rows = batch_size or rows_that_fit(model, longest, processes=processes.local_size)
     return Answering(settings, tuple(end_tokens(model, tokenizer)), backend, rows)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocl.generation.settings import text_config
+from pocl.models import text_config
 
 # Rows beyond which a step takes as much longer as it has rows. Of a 50 M model, an AVX2 core takes 3.3 ms a token at 16
 # rows, 2.4 at 32, 2.2 at 64 and 1.9 at 128; a GPU still gains at several hundred.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pocl.heads import unwrapped
+from pocl.models import view_of
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,9 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted({int(i) for i in ids})
 
 
-def text_config(model: nn.Module) -> Any:
-    """The config of the language model inside `model`."""
-    config: Any = unwrapped(model).config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def context_length(model: nn.Module) -> int | None:
     """Tokens the model can see at once, None if its config sets no limit."""
-    config = text_config(model)
-    value = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return int(value) if value else None
+    return view_of(model).context
 
 
 def check_prompts(model: nn.Module, requests: Sequence[Request]) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pocl.generation.sampling import NgramBan, check_finite, choose, uniforms
-from pocl.generation.settings import GenerationSettings, Request, context_length, text_config
-from pocl.heads import backbone_of, head_of, project, unwrapped
+from pocl.generation.settings import GenerationSettings, Request
+from pocl.models import is_out_of_order, project, tolerance_of, view_of
 
 # Positions in use are rounded up to this, so that attention works on whole vectors.
 _WIDTH_MULTIPLE = 16
@@ -53,20 +53,12 @@ def prefill(
     No mask is passed: in a causal model padding on the right cannot reach the tokens before it.
     """
     cache = DynamicCache()
-    hidden = backbone_of(model)(input_ids=input_ids, past_key_values=cache, use_cache=True)[0]
+    hidden = view_of(model).hidden_states(input_ids, past_key_values=cache, use_cache=True)
     rows = torch.arange(len(requests), device=hidden.device)
     last = torch.tensor([len(r.prompt) - 1 for r in requests], device=hidden.device)
     keys = [layer.keys for layer in cache.layers]
     values = [layer.values for layer in cache.layers]
     return hidden, Prefilled(requests, hidden[rows, last], keys, values)
-
-
-def attention_kinds(model: nn.Module) -> tuple[list[str], int | None]:
-    """The kinds of attention among the layers (`full_attention`, `sliding_attention`, ...) and the window in tokens."""
-    config = text_config(model)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    return sorted(set(kinds)), window
 
 
 class _Layer(CacheLayerMixin):
@@ -134,11 +126,12 @@ class SlotEngine:
         slots: int,
         max_prompt: int,
     ) -> None:
-        self.backbone, self.head, self.settings = backbone_of(model), head_of(model), settings
+        self.view, self.settings = view_of(model), settings
+        self.head = self.view.head()
         self.ends = set(eos_token_ids)
         self.slots = slots
-        self.context = context_length(model)
-        self.kinds, self.window = attention_kinds(model)
+        self.context = self.view.context
+        self.kinds, self.window = self.view.attention
         self.capacity = -(-(max_prompt + settings.max_new_tokens) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
         self.cache = Cache(layers=[])
         self.active: list[_Row] = []
@@ -247,16 +240,15 @@ class SlotEngine:
         self.rows = torch.arange(len(self.active), device=device)
         self.positions = torch.tensor(self.lengths, device=device)
         self.width = -(-(max(self.lengths) + 1) // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-        output = self.backbone(
-            input_ids=torch.tensor(tokens, device=device).unsqueeze(1),
-            attention_mask=self._mask(),
+        hidden = self.view.hidden_states(
+            torch.tensor(tokens, device=device).unsqueeze(1),
+            self._mask(),
             position_ids=self.positions.unsqueeze(1),
             past_key_values=self.cache,
             use_cache=True,
         )
         self.lengths = [n + 1 for n in self.lengths]
-        hidden: Tensor = output[0][:, 0]
-        return hidden
+        return hidden[:, 0]
 
     def _mask(self) -> Tensor | dict[str, Tensor]:  # [A, 1, 1, W], added to the attention scores
         positions = torch.arange(self.width, device=self.positions.device)
@@ -276,7 +268,7 @@ class SlotEngine:
 @contextmanager
 def maskable_attention(model: nn.Module) -> Iterator[None]:
     """Attention that takes the engine's masks: flash kernels, which take none, give way to PyTorch's own meanwhile."""
-    inner: Any = unwrapped(model)
+    inner = view_of(model).model
     current = getattr(inner.config, "_attn_implementation", None)
     if current in _MASKABLE or not hasattr(inner, "set_attn_implementation"):
         yield
@@ -293,14 +285,20 @@ def slots_agree(model: nn.Module, tolerance: float = 1e-3) -> bool:
     """Whether two steps of the engine give the hidden states of whole forward passes: a trial with two prompts.
 
     The prompts differ in length, so that a model shows that reads positions off its cache or aligns masks on the right.
+
+    Args:
+        model: in evaluation mode.
+        tolerance: largest allowed difference relative to the largest value; more in 16-bit formats.
+
+    Raises:
+        RuntimeError: the device failed, or its memory is full; that says nothing about the architecture.
     """
-    if not set(attention_kinds(model)[0]) <= {"full_attention", "sliding_attention"}:
+    view = view_of(model)
+    if not set(view.attention[0]) <= {"full_attention", "sliding_attention"}:
         return False
-    device = next(model.parameters()).device
-    vocabulary = text_config(model).vocab_size
-    texts = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (7, 4)]
+    texts = [[(7 * i + 3) % view.vocabulary for i in range(n)] for n in (7, 4)]
     requests = [Request(i, i, text[:-2]) for i, text in enumerate(texts)]
-    ids = torch.tensor([texts[0][:-2], [*texts[1][:-2], 0, 0, 0]], device=device)
+    ids = torch.tensor([texts[0][:-2], [*texts[1][:-2], 0, 0, 0]], device=view.device)
     try:
         with maskable_attention(model):
             engine = SlotEngine(model, GenerationSettings(max_new_tokens=3), eos_token_ids=[], slots=2, max_prompt=5)
@@ -308,10 +306,15 @@ def slots_agree(model: nn.Module, tolerance: float = 1e-3) -> bool:
             for step in (-2, -1):
                 ours = engine.forward([text[step] for text in texts])
                 for row, text in enumerate(texts):
-                    whole = torch.tensor([text[: len(text) + 1 + step]], device=device)
-                    expected = engine.backbone(input_ids=whole, use_cache=False)[0][0, -1]
-                    if not (ours[row] - expected).abs().max() <= tolerance * expected.abs().max():
+                    whole = torch.tensor([text[: len(text) + 1 + step]], device=view.device)
+                    expected = view.hidden_states(whole)[0, -1]
+                    error, largest = (x.float().abs().max() for x in (ours[row] - expected, expected))
+                    if not error <= tolerance_of(expected.dtype, tolerance) * largest:
                         return False
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+        return False
+    except RuntimeError as error:  # shapes that do not fit
+        if is_out_of_order(error):
+            raise
         return False
     return True

@@ -115,7 +115,7 @@ def test_the_head_carries_what_the_family_adds(family: str) -> None:
 
 def test_a_family_whose_logits_we_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     heads.verify_head(tiny("granite-scale"))
-    monkeypatch.setattr(heads, "_SCALE_FIELDS", ())
+    monkeypatch.setattr("pocl.models.head._SCALE_FIELDS", ())
     with pytest.raises(ValueError, match="GraniteForCausalLM"):
         heads.verify_head(tiny("granite-scale"))
 
