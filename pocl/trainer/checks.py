@@ -60,7 +60,7 @@ def check_setup(
         )
     if args.on_policy and processing_class is None:
         raise ValueError("on_policy > 0 needs processing_class, the tokenizer, for its end and padding tokens")
-    heads.verify_head(model)
+    heads.verify_head(model, trained=True)
     if teacher is None:
         if any(stage.kd_ratio > 0 for stage in curriculum.stages):
             raise ValueError("teacher is None, but a stage has kd_ratio > 0; pass a teacher or set kd_ratio=0")
