@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +50,6 @@ def fingerprint(value: Any) -> str:
     """16 hex digits that stand for a JSON-like value, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def content_fingerprint(path: Path) -> str:
-    """16 hex digits that stand for a file, or for the files below a folder, independent of place and time stamps.
-
-    Every byte counts: weights that were merged or trained on keep their size and both ends.
-    """
-    digest = hashlib.blake2b()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        stat = file.stat()
-        content = _file_digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-        digest.update(f"{file.relative_to(path)}:{stat.st_size}:{content}:".encode())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def _file_digest(file: Path, size: int, modified: int, inode: int) -> str:
-    """Of the content; a large file that is asked for twice with equal size, time and inode is read once."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.digests import content_fingerprint
 from pocl.embedded import EMBEDDED, embedded_versions, teacher_folder
 from pocl.recipe import Recipe
 from pocl.recipe.sections import StudentSection, TeacherSection
-from pocl.run_folder import content_fingerprint, fingerprint
+from pocl.run_folder import fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocl.pipeline.context import Context
+from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.engine import Step, fingerprints, run_steps
 from pocl.pipeline.steps import CACHE, build_steps
 from pocl.recipe import Recipe
@@ -49,13 +50,14 @@ def run(
 
     from pocl.difficulty.processes import Processes
 
-    steps = build_steps(recipe)
-    names = [step.name for step in steps]
-    if until not in names:
-        hint = "; to cache all the same, set teacher_cache.mode to cached" if until == CACHE else ""
-        raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
     path = Path(recipe.output)
     with Processes.current(devices=True) as processes, contextlib.ExitStack() as held:
+        # one process reads the weights, where they have to be read at all
+        steps = build_steps(recipe, content=lambda *what: processes.first(partial(source_fingerprint, *what)))
+        names = [step.name for step in steps]
+        if until not in names:
+            hint = "; to cache all the same, set teacher_cache.mode to cached" if until == CACHE else ""
+            raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
         processes.first(lambda: held.enter_context(only_user(path)))
         folder = RunFolder(path, change=change)
         processes.first(lambda: folder.claim(recipe.model_dump(mode="json")))

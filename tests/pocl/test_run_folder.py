@@ -7,7 +7,7 @@ import pytest
 
 from pocl.difficulty.processes import Processes
 from pocl.pipeline.engine import Step, duration, fingerprints, run_steps
-from pocl.run_folder import RunFolder, RunFolderError, content_fingerprint, differences, fingerprint, write_text
+from pocl.run_folder import RunFolder, RunFolderError, differences, fingerprint, write_text
 
 
 class Log:
@@ -135,27 +135,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"steps": ')
     with pytest.raises(RunFolderError, match="not readable"):
         RunFolder(tmp_path)
-
-
-def test_content_fingerprints_see_contents_not_places(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        write_text(tmp_path / name / "weights.bin", "a" * (3 << 20))
-    assert content_fingerprint(tmp_path / "one") == content_fingerprint(tmp_path / "two")
-    middle = "a" * (3 << 19) + "b" + "a" * ((3 << 19) - 1)  # a merged adapter: same size, same ends
-    for changed in ("a" * (3 << 20) + "b", "b" + "a" * ((3 << 20) - 1), "a" * ((3 << 20) - 1) + "b", middle):
-        write_text(tmp_path / "two" / "weights.bin", changed)
-        assert content_fingerprint(tmp_path / "one") != content_fingerprint(tmp_path / "two")
-
-
-def test_a_file_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "weights.bin"
-    write_text(file, "a")
-    first = content_fingerprint(file)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda *_: pytest.fail("read again"))
-        assert content_fingerprint(file) == first
-    write_text(file, "b")
-    assert content_fingerprint(file) != first
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
