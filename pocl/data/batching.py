@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pocl.data.encoding import IGNORE_INDEX
+from pocl.data.token_rows import check_batch
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,16 @@ class Collator:
 
     Returns `input_ids` [B, L] int64, `attention_mask` [B, L] int64, `labels` [B, L] int64 (padding is -100) and
     `sample_id` [B] int64, with L the longest row, rounded up to `pad_to_multiple_of`.
+
+    Raises:
+        ValueError: no rows, or one without tokens, with labels or a mask of another length, or padded already.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if not rows:
-            raise ValueError("rows is empty; a batch needs at least one row")
+        check_batch(rows)
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_to_multiple_of:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of

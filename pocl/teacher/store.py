@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,18 +220,29 @@ _NO_ARITHMETIC = (
 )
 
 
-def model_fingerprint(model: Any) -> str:
-    """A hash of the weights, and of the settings that may change what they compute, such as `rope_theta`."""
+def arithmetic_settings(model: Any) -> dict[str, Any]:
+    """The settings of a model's configuration that may change what its weights compute, such as `rope_theta`."""
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
-    settings = {key: value for key, value in config.items() if not key.endswith(_NO_ARITHMETIC)}
-    content = weights_fingerprint(model) + json.dumps(settings, sort_keys=True, default=str)
+    return {key: value for key, value in config.items() if not key.endswith(_NO_ARITHMETIC)}
+
+
+def model_fingerprint(model: Any) -> str:
+    """A hash of the weights and of `arithmetic_settings`."""
+    content = weights_fingerprint(model) + json.dumps(arithmetic_settings(model), sort_keys=True, default=str)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def weights_fingerprint(model: Any) -> str:
-    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, and of the class."""
+def weights_fingerprint(model: Any, skip: Collection[str] = ()) -> str:
+    """A hash of names, shapes, types and up to 16,384 evenly spaced entries of every parameter, and of the class.
+
+    Args:
+        model: any module.
+        skip: names of entries to leave out.
+    """
     digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
+        if name in skip:
+            continue
         flat = tensor.detach().reshape(-1)
         chosen = flat[:: max(1, flat.numel() // 16384)][:16384].to("cpu", torch.float32)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

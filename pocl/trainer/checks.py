@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from pocl import heads
 from pocl.curriculum import Curriculum
+from pocl.data.token_rows import RowsSummary, summarize
+from pocl.generation.settings import context_length
 from pocl.teacher import HiddenStateCache, OnlineTeacher, Teacher
 from pocl.trainer.config import POCLConfig
 from pocl_kernels import Divergence
@@ -28,6 +31,17 @@ def check_setup(
     """Raise a ValueError that names the argument, what came, and what to do."""
     if not isinstance(args, POCLConfig):
         raise ValueError(f"args must be a POCLConfig, got {type(args).__name__}; it takes the same fields")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be the student itself, got {type(model).__name__}; load it with "
+            "AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if not (teacher is None or isinstance(teacher, Teacher)):
+        raise ValueError(
+            f"teacher is a bare {type(teacher).__name__}; pass OnlineTeacher(model), or a HiddenStateCache of it"
+            if isinstance(teacher, nn.Module)
+            else f"teacher must be an OnlineTeacher, a HiddenStateCache or None, got {type(teacher).__name__}"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, which transformers would use through DataParallel; start one process "
@@ -61,11 +75,83 @@ def check_setup(
     if args.on_policy and processing_class is None:
         raise ValueError("on_policy > 0 needs processing_class, the tokenizer, for its end and padding tokens")
     heads.verify_head(model, trained=True)
+    _check_trained_weights(model, teacher)
     if teacher is None:
         if any(stage.kd_ratio > 0 for stage in curriculum.stages):
             raise ValueError("teacher is None, but a stage has kd_ratio > 0; pass a teacher or set kd_ratio=0")
     else:
         heads.check_vocabularies(heads.head_of(model).vocab_size, teacher.head.vocab_size)
+
+
+def _check_trained_weights(model: nn.Module, teacher: Teacher | None) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        same = isinstance(teacher, OnlineTeacher) and heads.unwrapped(teacher.model) is heads.unwrapped(model)
+        raise ValueError(
+            "model is the teacher's model too, which OnlineTeacher has frozen; load the student for itself"
+            if same
+            else "model has nothing to train: no parameter requires a gradient; call model.requires_grad_(True), or "
+            "load its adapter with is_trainable=True"
+        )
+    if any(parameter.dtype is torch.float16 for parameter in trained):
+        raise ValueError(
+            "model has float16 weights to train, in which steps of the optimizer are lost; load it with "
+            "dtype=torch.float32, and set fp16=True or bf16=True for the arithmetic"
+        )
+
+
+def check_rows(rows: Any, name: str, model: nn.Module, teacher: Teacher | None, max_new_tokens: int = 0) -> RowsSummary:
+    """Look at every row before the first step: what it is (see `summarize`), and whether both models can read it.
+
+    Args:
+        rows, name, model, teacher: as in POCLTrainer; the name for messages.
+        max_new_tokens: of a response that is sampled to each prompt.
+
+    Raises:
+        ValueError: a row is no token row, is longer than a model's context, has a token that a model does not have, or
+            leaves no room for a sampled response; or no row has a label. Names the sample.
+    """
+    summary = summarize(rows, name)
+    if not summary.num_labels:
+        raise ValueError(f"{name}: every label is {heads.IGNORE_INDEX}, so there is nothing to learn from its rows")
+    models = {"student": model} | ({"teacher": teacher.model} if isinstance(teacher, OnlineTeacher) else {})
+    for role, each in models.items():
+        kind, context = type(heads.unwrapped(each)).__name__, context_length(each)
+        if context and summary.longest.value > context:
+            raise ValueError(
+                f"{name}: sample {summary.longest.sample_id} has {summary.longest.value} tokens, and the context of "
+                f"the {role}, a {kind}, is {context}; make rows with max_length={context} at most"
+            )
+        embedded = heads.unwrapped(each).get_input_embeddings().weight.shape[0]
+        if summary.largest_id.value >= embedded:
+            raise ValueError(
+                f"{name}: sample {summary.largest_id.sample_id} has the token id {summary.largest_id.value}, and the "
+                f"{role}, a {kind}, embeds {embedded} tokens; make rows with the tokenizer that both models share"
+            )
+        if max_new_tokens and context:
+            _check_room(summary, name, max_new_tokens, context, f"{role}, a {kind},")
+    return summary
+
+
+def _check_room(summary: RowsSummary, name: str, max_new_tokens: int, context: int, whose: str) -> None:
+    prompt = summary.longest_prompt
+    left = context - prompt.value
+    if max_new_tokens > left:
+        option = f"set on_policy_max_new_tokens={left} at most, or " if left > 0 else ""
+        raise ValueError(
+            f"{name}: the prompt of sample {prompt.sample_id} has {prompt.value} tokens, and a response of "
+            f"on_policy_max_new_tokens={max_new_tokens} would leave the context of the {whose} which is {context}; "
+            f"{option}cut prompts with max_prompt_length"
+        )
+
+
+def check_eval_rows(rows: Any, model: nn.Module, teacher: Teacher | None) -> dict[str, RowsSummary]:
+    """As `check_rows`, of evaluation rows or of a mapping from names to such."""
+    if rows is None:
+        return {}
+    if not isinstance(rows, Mapping):
+        return {"eval_dataset": check_rows(rows, "eval_dataset", model, teacher)}
+    return {name: check_rows(each, f"eval_dataset[{name!r}]", model, teacher) for name, each in rows.items()}
 
 
 def packs(args: POCLConfig, model: Any, teacher: Teacher | None) -> bool:
@@ -95,20 +181,3 @@ def divergence_of(curriculum: Curriculum, divergence: str | Divergence) -> list[
             raise ValueError(f"skew of stage {stage.index} is set, but {base} has none; use skew_fkl or skew_rkl")
         result.append(base if stage.skew is None else dataclasses.replace(base, skew=stage.skew))  # type: ignore[call-arg]
     return result
-
-
-def run_identity(trainer: Any) -> dict[str, Any]:
-    """What makes two runs the same run; the number of processes and the place of the data do not."""
-    args = trainer.args
-    rows = trainer.train_dataset
-    ids = rows["sample_id"] if hasattr(rows, "column_names") else [row["sample_id"] for row in rows]
-    data = hashlib.blake2b(repr((list(map(int, ids)), trainer.subsets)).encode(), digest_size=8).hexdigest()
-    return {
-        "curriculum": dataclasses.asdict(trainer.curriculum),
-        "divergence": [repr(divergence) for divergence in trainer.divergences],
-        "samples": data,
-        "batch_size": trainer.batch_size,
-        "seed": args.seed,
-        "learning_rate": args.learning_rate,
-        "scale_by_temperature": args.scale_by_temperature,
-    }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pocl.data.token_rows import check_batch
 from pocl.heads import IGNORE_INDEX, label_positions
 from pocl.teacher import HiddenStateCache
 from pocl.trainer.sampler import StageRows, StageSampler
@@ -24,8 +25,7 @@ class PackedCollator:
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if not rows:
-            raise ValueError("rows is empty; a batch needs at least one row")
+        check_batch(rows)
         ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
         labels = [torch.as_tensor(row["labels"], dtype=torch.int64).clone() for row in rows]
         for of_row in labels:

@@ -24,6 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocl.trainer.identity import differences
+
+_ANOTHER = "choose another folder, or start anew in this one with train(resume_from_checkpoint=False)"
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all, even after a crash."""
@@ -71,25 +75,34 @@ class RunProgress:
     def mark_finished(self, index: int, record: FinishedStage) -> None:
         write_atomically(self.stage_dir(index) / "finished.json", json.dumps(vars(record)))
 
-    def claim(self, identity: Mapping[str, Any], write: bool = True) -> None:
+    def identity(self) -> dict[str, Any] | None:
+        """What run this folder holds, None if none."""
+        path = self.root / "run.json"
+        try:
+            return json.loads(path.read_text("utf-8")) if path.exists() else None
+        except ValueError:
+            raise ValueError(f"{path} cannot be read; {_ANOTHER}") from None
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
         """Note what run this folder holds, or check that it is the same one.
+
+        Args:
+            identity: plain values (see `identity.run_identity`).
 
         Raises:
             ValueError: the folder holds another run; says what differs.
         """
-        path = self.root / "run.json"
-        wanted = json.loads(json.dumps(identity))
-        if path.exists():
-            found = json.loads(path.read_text("utf-8"))
-            differing = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
-            if differing:
-                shown = "; ".join(f"{n}: {found.get(n)!r} there, {wanted.get(n)!r} now" for n in sorted(differing)[:4])
-                raise ValueError(
-                    f"output_dir {self.root} holds another run ({shown}); choose another folder, or start anew in "
-                    "this one with train(resume_from_checkpoint=False)"
-                )
-        elif write:
-            write_atomically(path, json.dumps(wanted, indent=1))
+        found = self.identity()
+        if found is None:
+            write_atomically(self.root / "run.json", json.dumps(identity, indent=1))
+        elif unknown := sorted(identity.keys() - found.keys()):
+            raise ValueError(
+                f"output_dir {self.root} holds a run of another release of pocl, which did not note "
+                f"{', '.join(unknown)}; {_ANOTHER}"
+            )
+        elif differing := differences(found, identity):
+            shown = [*differing[:6], *([f"{len(differing) - 6} more"] if len(differing) > 6 else [])]
+            raise ValueError(f"output_dir {self.root} holds another run ({'; '.join(shown)}); {_ANOTHER}")
 
     def forget(self) -> None:
         """Remove what an earlier run left, and nothing else."""

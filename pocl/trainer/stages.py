@@ -19,10 +19,11 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from pocl.curriculum import Curriculum, Stage
+from pocl.difficulty.processes import Processes
 from pocl.trainer.callbacks import Convergence
 from pocl.trainer.carry import carry_optimizer, shifted
-from pocl.trainer.checks import run_identity
 from pocl.trainer.figures import Figures
+from pocl.trainer.identity import forget, leave, run_identity, student_identity
 from pocl.trainer.on_policy import OnPolicy
 from pocl.trainer.progress import FinishedStage, RunProgress
 from pocl.trainer.sampler import derived_seed
@@ -51,6 +52,7 @@ class StagedTrainer(Trainer):
     on_policy: OnPolicy | None
     _step_offset: int = 0  # optimizer steps of the finished stages
     _stage_in_memory: int | None = None  # the stage whose result the model holds
+    _began_with: dict[str, Any] | None = None  # what stands for the student at the start
 
     @property
     def batch_size(self) -> int:
@@ -81,10 +83,8 @@ class StagedTrainer(Trainer):
                 "train() takes resume_from_checkpoint=None, True or False only: each stage has its own checkpoints in "
                 "output_dir, and the newest whole one is found there"
             )
-        with self.accelerator.main_process_first():
-            if resume_from_checkpoint is False and self.accelerator.is_main_process:
-                self.progress.forget()
-            self.progress.claim(run_identity(self), write=self.accelerator.is_main_process)
+        with Processes.current() as processes:
+            processes.first(lambda: self._claim(anew=resume_from_checkpoint is False))
         base_args: Any = vars(self)["args"]
         self._step_offset, output = 0, TrainOutput(0, 0.0, {})
         try:
@@ -95,11 +95,24 @@ class StagedTrainer(Trainer):
                         self._restore_result_of(stage.index - 1)
                         output, record = self._train_stage(stage, base_args)
                     self._step_offset += record.steps
+            self._restore_result_of(stage.index)
         finally:
             self.args = base_args
-        self._restore_result_of(stage.index)
+            if self._began_with is not None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                leave(self.model, self.progress.root, self._began_with)
         self.state.log_history = self.progress.read_log()
         return TrainOutput(self._step_offset, output.training_loss, output.metrics)
+
+    def _claim(self, *, anew: bool) -> None:
+        """Make the folder that of this run, on the first process: others may hold no weights before they are shared."""
+        if anew:
+            self.progress.forget()
+            self._began_with = None
+        if self.progress.identity() is None:
+            forget(self.model)
+        if self._began_with is None:
+            self._began_with = student_identity(self.model, self.progress.root)
+        self.progress.claim(run_identity(self, self._began_with))
 
     def _train_stage(self, stage: Stage, base_args: Any) -> tuple[TrainOutput, FinishedStage]:
         """One call of `Trainer.train`, from the stage's newest whole checkpoint if it has one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pocl.data import Collator
 from pocl.teacher import Teacher
 from pocl.trainer.callbacks import Convergence, StageBar
 from pocl.trainer.card import distillation_section
-from pocl.trainer.checks import check_setup, divergence_of, packs
+from pocl.trainer.checks import check_eval_rows, check_rows, check_setup, divergence_of, packs
 from pocl.trainer.config import POCLConfig
 from pocl.trainer.figures import Figures, FiniteLossGuard
 from pocl.trainer.fused import DistillationLossCall, install_fused_forward
@@ -58,7 +58,8 @@ class POCLTrainer(StagedTrainer):
 
     Raises:
         ValueError: a setting is out of range, a stage is left without samples, the vocabularies differ by more than
-            padding, or the student's logits are not its head applied to its last hidden states.
+            padding, the student's logits are not its head applied to its last hidden states, nothing of it can be
+            trained, or a row is not one that both models can read (names the sample).
     """
 
     # The loss is already divided by the label tokens of the whole accumulated batch.
@@ -83,6 +84,9 @@ class POCLTrainer(StagedTrainer):
         check_setup(model, teacher, args, self.curriculum, eval_dataset, processing_class, kwargs)
         self.teacher = teacher
         self.compute_generation_metrics = compute_generation_metrics
+        room = args.on_policy_max_new_tokens if args.on_policy else 0
+        self.rows_summary = check_rows(train_dataset, "train_dataset", model, teacher, room)
+        self.eval_summaries = check_eval_rows(eval_dataset, model, teacher)
         self.subsets = [0] * len(train_dataset) if subsets is None else [int(subset) for subset in subsets]
         if len(self.subsets) != len(train_dataset):
             raise ValueError(
@@ -142,7 +146,16 @@ class POCLTrainer(StagedTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset is needed to evaluate; pass it to POCLTrainer or to evaluate()")
+        if eval_dataset is not None and not any(dataset is each for each in self._looked_at()):
+            check_eval_rows(dataset, self.model, self.teacher)
         return make_loader(self, StageRows(dataset, range(len(dataset))), self.args.eval_batch_size)
+
+    def _looked_at(self) -> Iterator[Any]:
+        """The data sets whose rows were checked when the trainer was made."""
+        yield self.train_dataset
+        yield self.eval_dataset
+        if isinstance(self.eval_dataset, Mapping):
+            yield from self.eval_dataset.values()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -156,15 +156,16 @@ def test_a_cache_needs_a_fallback_for_what_it_cannot_hold(student, teacher, conf
 
     cache = HiddenStateCache.build(tmp_path / "cache", teacher, rows, disable_tqdm=True)
     curriculum = Curriculum.constant(num_subsets=1, max_steps=4)
+    sampled = {"on_policy": 0.5, "on_policy_max_new_tokens": 40}
     with pytest.raises(ValueError, match=r"fallback=OnlineTeacher"):
-        POCLTrainer(student, cache, config(on_policy=0.5), rows, curriculum=curriculum, processing_class=Tokenizer())
+        POCLTrainer(student, cache, config(**sampled), rows, curriculum=curriculum, processing_class=Tokenizer())
     with pytest.raises(ValueError, match="needs processing_class"):
-        POCLTrainer(student, teacher, config(on_policy=0.5), rows, curriculum=curriculum)
+        POCLTrainer(student, teacher, config(**sampled), rows, curriculum=curriculum)
     with_fallback = HiddenStateCache.open(tmp_path / "cache", fallback=teacher)
     made = sampler().replace(student, Collator(0)(rows[:3]), 0, 0, 0)
     assert torch.equal(with_fallback.hidden_states(made), teacher.hidden_states(made))
     trainer = POCLTrainer(
-        student, with_fallback, config(on_policy=0.5), rows, curriculum=curriculum, processing_class=Tokenizer()
+        student, with_fallback, config(**sampled), rows, curriculum=curriculum, processing_class=Tokenizer()
     )
     trainer.train()
 

@@ -188,5 +188,7 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_a_run_to_go_on_with(run: Any, caplo
 
 def test_another_run_in_the_same_folder_is_refused_and_says_what_differs(run: Any, tmp_path: Path) -> None:
     run("here", Curriculum.baby_step(2, epochs=1))
-    with pytest.raises(ValueError, match=r"holds another run \(curriculum: .*resume_from_checkpoint=False"):
+    with pytest.raises(
+        ValueError, match=r"another run \(curriculum\.stages\.0\.temperature: 1\.0 there, 3\.0 now.*=False"
+    ):
         run("here", Curriculum.baby_step(2, epochs=1, temperature=3.0))

@@ -285,7 +285,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_stage_and_samples(trainer_of,
 
 def test_a_batch_whose_labels_are_all_ignored_has_no_loss_and_no_gradient(trainer_of, rows) -> None:
     ignored = [{**row, "labels": [-100] * len(row["labels"])} for row in rows]
-    trainer = trainer_of(Curriculum.constant(epochs=1, num_subsets=2), data=ignored, weight_decay=0.0)
+    trainer = trainer_of(
+        Curriculum.constant(epochs=1, num_subsets=1),
+        data=[*ignored, rows[0]],
+        subsets=[0] * len(ignored) + [1],  # the one with labels is in no stage
+        weight_decay=0.0,
+    )
     before = state_of(trainer.model)
     trainer.train()
     assert {line["loss"] for line in lines(trainer)} == {0.0}

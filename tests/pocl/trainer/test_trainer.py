@@ -144,7 +144,8 @@ def test_a_model_that_mixes_packed_rows_is_padded_or_refused(teacher, config, ro
     assert isinstance(trainer.data_collator, Collator)
     with pytest.raises(ValueError, match="packing=True, but MambaForCausalLM mixes the rows"):
         make(recurrent, teacher, config(packing=True), rows, curriculum=curriculum)
-    assert isinstance(make(teacher.model, teacher, config(), rows, curriculum=curriculum).data_collator, PackedCollator)
+    again = teacher.model.requires_grad_(True)
+    assert isinstance(make(again, teacher, config(), rows, curriculum=curriculum).data_collator, PackedCollator)
 
 
 def test_a_student_whose_logits_are_not_its_heads_is_refused(student, teacher, config, rows, monkeypatch) -> None:
