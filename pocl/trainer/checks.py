@@ -12,7 +12,7 @@ from torch import nn
 from pocl import heads
 from pocl.curriculum import Curriculum
 from pocl.data.token_rows import RowsSummary, summarize
-from pocl.generation.settings import context_length
+from pocl.models import view_of
 from pocl.teacher import HiddenStateCache, OnlineTeacher, Teacher
 from pocl.trainer.config import POCLConfig
 from pocl_kernels import Divergence
@@ -116,13 +116,13 @@ def check_rows(rows: Any, name: str, model: nn.Module, teacher: Teacher | None, 
         raise ValueError(f"{name}: every label is {heads.IGNORE_INDEX}, so there is nothing to learn from its rows")
     models = {"student": model} | ({"teacher": teacher.model} if isinstance(teacher, OnlineTeacher) else {})
     for role, each in models.items():
-        kind, context = type(heads.unwrapped(each)).__name__, context_length(each)
+        view = view_of(each)
+        kind, context, embedded = view.name, view.context, view.vocabulary
         if context and summary.longest.value > context:
             raise ValueError(
                 f"{name}: sample {summary.longest.sample_id} has {summary.longest.value} tokens, and the context of "
                 f"the {role}, a {kind}, is {context}; make rows with max_length={context} at most"
             )
-        embedded = heads.unwrapped(each).get_input_embeddings().weight.shape[0]
         if summary.largest_id.value >= embedded:
             raise ValueError(
                 f"{name}: sample {summary.largest_id.sample_id} has the token id {summary.largest_id.value}, and the "
