@@ -53,6 +53,14 @@ def conversation_of(example: Mapping[str, Any]) -> Conversation:
     )
 
 
+def is_answer(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is an answer to learn from: the assistant's, and not marked as one to pass over.
+
+    The mark is `weight: 0` (OpenAI) or `train: false` (axolotl).
+    """
+    return bool(turn["role"] == "assistant" and turn.get("weight") != 0 and turn.get("train") is not False)
+
+
 def text_of_turn(turn: Mapping[str, Any]) -> str:
     """What a turn says, as plain text: its content, and its tool calls as one line of JSON each."""
     lines = [str(turn["content"])] if turn.get("content") else []

@@ -168,11 +168,18 @@ def in_memory(table: pa.Table, mark: str) -> Dataset:
 
 def write_parquet(table: Dataset, path: Path) -> None:
     """Write a table so that a reader sees all of it or nothing."""
+    with whole_file(path) as name:
+        table.to_parquet(name)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[str]:
+    """The name to write a file under, which becomes `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
     try:
-        table.to_parquet(name)
+        yield name
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)

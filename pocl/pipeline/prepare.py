@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.embedded import EMBEDDED, cut_layers, question_answer_pairs
-from pocl.pipeline.context import SPLITS, Context, naming_folder, write_parquet
+from pocl.pipeline.context import SPLITS, Context, naming_folder, whole_file, write_parquet
 from pocl.recipe import Recipe
 from pocl.split import hold_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from pocl.data.sources import Rows
 
 
 def prepare_models(context: Context) -> Mapping[str, Any]:
@@ -72,7 +74,7 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
     counts: dict[str, int] = {}
     reports: dict[str, str] = {}
     source = read_source(context.recipe)
-    for split, examples in split_examples(context.recipe, source).items():
+    for split, examples in split_examples(context.recipe, source, say=context.say).items():
         kept = examples
         if len(examples):
             rows, report = context.tokenize(examples)
@@ -83,12 +85,7 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
         counts[split] = len(kept)
         write_parquet(kept, context.path / "data" / f"{split}.parquet")
         if split == "train":  # the same rows with all their columns, which the ranking carries on
-            rows = storable(source)
-            if missing := [name for name in source.column_names if name not in rows.column_names]:
-                context.say(
-                    f"train: the ranking goes without {', '.join(missing)}, empty dicts, which Parquet cannot hold"
-                )
-            write_parquet(rows.select(list(kept["id"])), context.path / "data" / "train-source.parquet")
+            _write_source(context, source, kept["id"])
     stages = context.recipe.curriculum.num_stages
     if counts["train"] < stages:
         raise ValueError(
@@ -99,31 +96,30 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
     return {"counts": counts, "reports": reports, "note": f"{note}; equal prompts stay on one side."}
 
 
-def read_source(recipe: Recipe) -> Dataset:
-    """The rows of `data.source` as they are; reads files or the hub."""
+def _write_source(context: Context, source: Rows, ids: Sequence[int]) -> None:
+    from pocl.data.whole_rows import write_whole_rows
+
+    with whole_file(context.path / "data" / "train-source.parquet") as path:
+        missing = write_whole_rows(source, list(ids), path)
+    if missing:
+        context.say(f"train: the ranking goes without {', '.join(missing)}, empty dicts, which Parquet cannot hold")
+
+
+def read_source(recipe: Recipe) -> Rows:
+    """The rows of `data.source` as they are; opens files or the hub."""
     data = recipe.data
-    rows: Dataset = _read(data.source, data.split, data.trust_remote_code)
-    return rows
+    return _open(data.source, data.split, data.trust_remote_code)
 
 
-def storable(rows: Dataset) -> Dataset:
-    """Rows without the columns that Parquet has no form for: those that hold an empty dict in every row."""
-    import pyarrow.types
-
-    def has_form(kind: Any) -> bool:
-        fields = [kind.field(i).type for i in range(kind.num_fields)]
-        return all(map(has_form, fields)) and not (pyarrow.types.is_struct(kind) and not fields)
-
-    schema = rows.features.arrow_schema
-    return rows.remove_columns([field.name for field in schema if not has_form(field.type)])
-
-
-def split_examples(recipe: Recipe, source: Dataset | None = None) -> dict[str, Dataset]:
+def split_examples(
+    recipe: Recipe, source: Rows | None = None, *, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Dataset]:
     """The examples of train, validation and test, as the recipe's data section says; reads files or the hub.
 
     Args:
         recipe: what to do.
-        source: what `read_source` gave; read when left out.
+        source: what `read_source` gave; opened when left out.
+        say: is told, for every source, which columns made the rows and which were left out.
 
     Returns:
         What `load_examples` gives. An `id` of `train` is a row of `source`.
@@ -133,8 +129,15 @@ def split_examples(recipe: Recipe, source: Dataset | None = None) -> dict[str, D
     """
     from pocl.data.reading import to_examples
 
+    def read(name: str, rows: Rows, limit: int | None = None) -> Dataset:
+        found, report = to_examples(rows, limit=limit)
+        if "text" in found.column_names:
+            raise ValueError(f"{rows.name} is a corpus (`text`); a recipe needs prompts with answers")
+        say(f"{name}: {report}")
+        return found
+
     data = recipe.data
-    whole: Any = to_examples(read_source(recipe) if source is None else source, data.source, split=data.split)
+    whole = read("source", read_source(recipe) if source is None else source)
     named = {
         "validation": (data.validation, data.validation_split, data.num_validation),
         "test": (data.test, data.test_split, data.num_test),
@@ -150,21 +153,17 @@ def split_examples(recipe: Recipe, source: Dataset | None = None) -> dict[str, D
         elif size == 0:
             found[name] = whole.select([])
         else:
-            rows = _read(other, split, data.trust_remote_code)
-            part: Any = to_examples(rows, other, split=split, limit=size)
-            found[name] = part
+            found[name] = read(name, _open(other, split, data.trust_remote_code), size)
     return found
 
 
-def _read(source: str, split: str, trust_remote_code: bool) -> Any:
-    from datasets import Dataset
+def _open(source: str, split: str, trust_remote_code: bool) -> Rows:
+    from pocl.data.sources import open_rows
 
-    from pocl.data.reading import read_rows
-
-    data: Any = Dataset.from_list(question_answer_pairs()) if source == EMBEDDED else source
+    data: Any = question_answer_pairs() if source == EMBEDDED else source
     # A single file has one split, and `datasets` calls it train.
     split = "train" if Path(source).is_file() else split
-    return read_rows(data, split, trust_remote_code=trust_remote_code)
+    return open_rows(data, split, trust_remote_code=trust_remote_code)
 
 
 def cache_teacher(context: Context) -> Mapping[str, Any]:

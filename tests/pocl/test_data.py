@@ -1,14 +1,12 @@
-"""Reading, templating, cutting and batching of prompt/response data."""
+"""Templating, cutting and batching of prompt/response data."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 
-from pocl.data import IGNORE_INDEX, Collator, conversation_of, load_examples, render_prompt, resolve_template, tokenize
+from pocl.data import IGNORE_INDEX, Collator, load_examples, render_prompt, resolve_template, tokenize
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}"
@@ -27,127 +25,6 @@ def chat_tokenizer(tiny_tokenizer: Any) -> Any:
 
 def _examples(*pairs: tuple[str, str]) -> Dataset:
     return load_examples([{"prompt": p, "completion": c} for p, c in pairs])
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def test_the_three_formats_give_the_same_prompt_and_response() -> None:
-    rows = [
-        load_examples([{"instruction": "w1 w2", "input": "", "output": "w3"}])[0],
-        load_examples([{"prompt": "w1 w2", "completion": "w3"}])[0],
-        load_examples([{"messages": [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]}])[
-            0
-        ],
-    ]
-    assert {(row["id"], row["prompt"], row["response"]) for row in rows} == {(0, "w1 w2", "w3")}
-
-
-def test_ids_are_positions_in_the_source(tmp_path: Path, tiny_pairs: list[dict[str, str]]) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in tiny_pairs))
-    examples = load_examples(str(path), limit=7)
-    assert examples["id"][:] == list(range(7))
-    assert [row["response"] for row in examples] == [row["output"] for row in tiny_pairs[:7]]
-
-
-def test_a_folder_and_a_parquet_file_read_like_the_jsonl(tmp_path: Path, tiny_pairs: list[dict[str, str]]) -> None:
-    (tmp_path / "folder").mkdir()
-    Dataset.from_list(tiny_pairs).to_parquet(tmp_path / "folder" / "train.parquet")
-    direct = load_examples(tiny_pairs).to_list()
-    assert load_examples(str(tmp_path / "folder")).to_list() == direct
-    assert load_examples(tmp_path / "folder" / "train.parquet").to_list() == direct
-
-
-def test_the_last_assistant_turn_is_the_response_and_earlier_turns_are_the_prompt() -> None:
-    turns = [("system", "w0"), ("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4")]
-    row = load_examples([{"messages": [{"role": r, "content": c} for r, c in turns]}])[0]
-    assert row["response"] == "w4"
-    assert [t["content"] for t in conversation_of(row).turns] == ["w0", "w1", "w2", "w3", "w4"]
-
-
-def test_a_conversational_prompt_and_completion_are_turns_too() -> None:
-    row = load_examples(
-        [{"prompt": [{"role": "user", "content": "w1"}], "completion": [{"role": "assistant", "content": "w2"}]}]
-    )[0]
-    assert (row["prompt"], row["response"]) == ("w1", "w2")
-
-
-def test_a_stream_gives_the_rows_of_the_whole(tmp_path: Path, tiny_pairs: list[dict[str, str]]) -> None:
-    Dataset.from_list(tiny_pairs).to_json(tmp_path / "pairs.jsonl")
-    Dataset.from_list(tiny_pairs).save_to_disk(tmp_path / "saved")
-    whole = load_examples(tiny_pairs, limit=9).to_list()
-    for source in (tmp_path / "pairs.jsonl", tmp_path / "saved", tiny_pairs, Dataset.from_list(tiny_pairs)):
-        assert list(load_examples(source, limit=9, streaming=True)) == whole
-
-
-@pytest.mark.parametrize(
-    ("source", "options", "message"),
-    [
-        ([{"question": "a", "answer": "b"}], {}, "columns answer, question.*instruction, input, output"),
-        ("./no-such-file.jsonl", {}, "does not exist"),
-        ([{"prompt": "a", "completion": "b"}], {"limit": 0}, "limit must be at least 1, got 0"),
-        ([], {}, "no examples in list"),
-    ],
-)
-def test_unreadable_sources_say_what_is_wrong(source: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_examples(source, **options)
-
-
-def test_a_file_of_unknown_type_names_the_readable_types(tmp_path: Path) -> None:
-    (tmp_path / "pairs.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"'.txt'; readable types: .jsonl"):
-        load_examples(tmp_path / "pairs.txt")
-
-
-_LINE = '{"prompt": "a", "completion": "b"}\n'
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("pairs.jsonl", "", r"pairs.jsonl is empty \(0 bytes\)"),
-        ("pairs.parquet", "", r"pairs.parquet is empty \(0 bytes\)"),
-        (
-            "pairs.jsonl",
-            _LINE * 9 + _LINE[:25],
-            "pairs.jsonl cannot be read: line 10 is no JSON, or was cut off .*colum",
-        ),
-        ("pairs.jsonl", _LINE + "\n" + "{bad\n" + _LINE, "pairs.jsonl cannot be read: line 3 is no JSON"),
-        ("pairs.jsonl", _LINE + "1\n", "pairs.jsonl cannot be read: .*; mend the file, or get it again"),
-        ("pairs.csv", "prompt,completion\na,b\nc,d,e,f\n", "pairs.csv cannot be read: .*line 3"),
-        ("folder/train.jsonl", _LINE[:25], "folder cannot be read: train.jsonl: line 1 is no JSON"),
-        ("folder/train.jsonl", "", "folder cannot be read: train.jsonl: it is empty"),
-    ],
-)
-def test_a_damaged_file_is_named_with_the_place(
-    name: str, content: str, message: str, streaming: bool, tmp_path: Path
-) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / name).write_text(content)
-    source = tmp_path / name if "/" not in name else tmp_path / "folder"
-    with pytest.raises(ValueError, match=message):
-        load_examples(source, streaming=streaming)
-
-
-def test_a_disk_without_room_for_the_loader_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datasets.exceptions import DatasetGenerationError
-
-    def full(*_: Any, **__: Any) -> None:
-        raise DatasetGenerationError from OSError(28, "No space left on device")
-
-    (tmp_path / "pairs.jsonl").write_text(_LINE)
-    monkeypatch.setattr("datasets.load_dataset", full)
-    with pytest.raises(OSError, match="No space left"):
-        load_examples(tmp_path / "pairs.jsonl")
-
-
-def test_a_missing_split_names_the_splits_there_are(tmp_path: Path, tiny_pairs: list[dict[str, str]]) -> None:
-    Dataset.from_list(tiny_pairs).to_json(tmp_path / "pairs.jsonl")
-    with pytest.raises(ValueError, match=r"split 'test' is not in .*; it has train"):
-        load_examples(tmp_path / "pairs.jsonl", split="test")
 
 
 # -------------------------------------------------------------------------------------------------------- templates

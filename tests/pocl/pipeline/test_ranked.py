@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from pocl.data.whole_rows import storable
 from pocl.pipeline import run
 from pocl.pipeline.context import read_parquet, write_parquet
-from pocl.pipeline.prepare import storable
 from pocl.pipeline.training import RANKING_COLUMNS, names_beside_ranking
 from pocl.recipe import build_recipe
 
