@@ -57,8 +57,8 @@ def test_no_validation_gives_an_empty_part(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pairs.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match="has columns text; needed are"):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="has columns prompt; needed are"):
         split({"source": str(tmp_path / "pairs.jsonl")})
 
 
