@@ -181,9 +181,11 @@ def _kept(tables: Iterator[pa.Table]) -> Dataset:
     from datasets import Dataset
 
     kept: list[pa.Table] = []
+    size = 0
     for table in tables:
         kept.append(table)
-        if sum(part.nbytes for part in kept) > _IN_MEMORY:
+        size += table.nbytes
+        if size > _IN_MEMORY:
             break
     else:
         return Dataset(pa.concat_tables(kept).combine_chunks())
@@ -191,7 +193,6 @@ def _kept(tables: Iterator[pa.Table]) -> Dataset:
     with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, kept[0].schema) as writer:
         for table in itertools.chain(kept, tables):
             writer.write_table(table)
-            kept.clear()
     return Dataset.from_file(path)
 
 

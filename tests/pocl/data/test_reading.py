@@ -82,14 +82,14 @@ def test_tables_lists_and_mappings_of_splits_give_the_same(tiny_pairs: list[dict
     assert list(load_examples(tiny_pairs, streaming=True)) == whole
 
 
-@pytest.mark.parametrize("in_memory", [0, 1 << 30])
+@pytest.mark.parametrize("in_memory", [0, 60_000, 1 << 30])
 def test_examples_are_the_same_in_memory_and_in_a_file(
     in_memory: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("pocl.data.reading._IN_MEMORY", in_memory)
     rows = [{"prompt": f"question {i}", "completion": "é" * (i % 7)} for i in range(2500)]
     found = load_examples(rows)
-    assert bool(found.cache_files) == (in_memory == 0)
+    assert bool(found.cache_files) == (in_memory < 1 << 30)
     assert found["id"][:] == list(range(2500))
     assert found["response"][:] == [row["completion"] for row in rows]
     assert found.select([2499, 3])["prompt"][:] == ["question 2499", "question 3"]
