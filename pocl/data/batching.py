@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl.data.encoding import IGNORE_INDEX
+from pocl.data.encoder import IGNORE_INDEX
 from pocl.data.token_rows import check_batch
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from pocl.models import view_of
+from pocl.data.templates import answer_ends
+from pocl.models import unwrapped, view_of
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,25 @@ class Request:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: those of the model's generation config and the tokenizer's.
+    """The ids that end an answer: the tokenizer's EOS, what its chat template closes a turn with, and those that the
+    model's generation config names. Ranking, evaluation and training on own responses all stop there.
 
     Raises:
-        ValueError: neither names one.
+        ValueError: nobody names one.
     """
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [] if found is None else [found] if isinstance(found, int) else list(found)
-    if tokenizer is not None and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    ids = [*named_ends(model), *([] if tokenizer is None else answer_ends(tokenizer))]
     if not ids:
         raise ValueError(
             "neither the model's generation_config nor the tokenizer has an EOS token, so no answer could end; "
             "set tokenizer.eos_token"
         )
-    return sorted({int(i) for i in ids})
+    return sorted(set(ids))
+
+
+def named_ends(model: nn.Module) -> list[int]:
+    """The end tokens of the model's generation config."""
+    found = getattr(getattr(unwrapped(model), "generation_config", None), "eos_token_id", None)
+    return [] if found is None else [int(i) for i in ([found] if isinstance(found, int) else found)]
 
 
 def context_length(model: nn.Module) -> int | None:

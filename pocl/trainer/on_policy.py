@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from pocl import heads
+from pocl.data.templates import answer_ends
+from pocl.generation.settings import named_ends
 from pocl.heads import IGNORE_INDEX
 from pocl.teacher.batches import rows_of
 from pocl.trainer.progress import write_atomically
@@ -38,7 +40,7 @@ class OnPolicy:
         temperature: of sampling; 1 samples the student's distribution.
         replay_capacity: rows kept for use again; 0 samples anew every time. With a buffer, every other replaced batch
             is drawn from it.
-        eos_token_id: ends a response.
+        eos_token_id: what ends a response, one id or several; those of the student's generation config do too.
         pad_token_id: pads prompts on the left.
         collator: makes a batch of rows.
         rank: of this process, which samples for itself.
@@ -52,14 +54,15 @@ class OnPolicy:
         max_new_tokens: int,
         temperature: float,
         replay_capacity: int,
-        eos_token_id: int | None,
+        eos_token_id: int | Sequence[int] | None,
         pad_token_id: int,
         collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]],
         rank: int,
         seed: int,
     ) -> None:
         self.probability, self.max_new_tokens, self.temperature = probability, max_new_tokens, temperature
-        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        given = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        self.end_ids, self.pad_token_id = sorted({int(i) for i in given}), pad_token_id
         self.collator, self.rank, self.seed = collator, rank, seed
         self.replay: deque[dict[str, Any]] = deque(maxlen=replay_capacity)
         self.rounds = 0  # of sampling, the same on every process
@@ -73,7 +76,7 @@ class OnPolicy:
             max_new_tokens=args.on_policy_max_new_tokens,
             temperature=args.on_policy_temperature,
             replay_capacity=args.on_policy_replay,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=answer_ends(tokenizer),
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             collator=trainer.data_collator,
             rank=args.process_index,
@@ -115,6 +118,7 @@ class OnPolicy:
         for i, row in enumerate(prompts):
             ids[i, longest - len(row["input_ids"]) :] = torch.tensor(row["input_ids"])
             mask[i, longest - len(row["input_ids"]) :] = 1
+        ends = sorted({*self.end_ids, *named_ends(model)})
         was_training = model.training
         model.eval()
         try:
@@ -128,23 +132,14 @@ class OnPolicy:
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=self.max_new_tokens,
-                    eos_token_id=self.eos_token_id,
+                    eos_token_id=ends or None,
                     pad_token_id=self.pad_token_id,
                     synced_gpus=torch.distributed.is_available() and torch.distributed.is_initialized(),
                 )
         finally:
             model.train(was_training)
-        return [self._row(row, response) for row, response in zip(prompts, output[:, longest:].tolist(), strict=True)]
-
-    def _row(self, prompt: Mapping[str, Any], response: list[int]) -> dict[str, Any]:
-        if self.eos_token_id in response:
-            response = response[: response.index(self.eos_token_id) + 1]
-        ids = [*prompt["input_ids"], *response]
-        return {
-            "sample_id": prompt["sample_id"],
-            "input_ids": ids,
-            "labels": [IGNORE_INDEX] * len(prompt["input_ids"]) + response,
-        }
+        responses = output[:, longest:].tolist()
+        return [_row(row, response, ends) for row, response in zip(prompts, responses, strict=True)]
 
     def save(self, checkpoint: Path) -> None:
         """Keep the buffer with a checkpoint."""
@@ -182,7 +177,18 @@ def _plain_generation(model: Any) -> Iterator[None]:
             holder.generation_config = config
 
 
+def _row(prompt: Mapping[str, Any], response: list[int], ends: Sequence[int]) -> dict[str, Any]:
+    stop = next((i + 1 for i, token in enumerate(response) if token in ends), len(response))
+    ids = [*prompt["input_ids"], *response[:stop]]
+    return {
+        "sample_id": prompt["sample_id"],
+        "input_ids": ids,
+        "labels": [IGNORE_INDEX] * len(prompt["input_ids"]) + response[:stop],
+    }
+
+
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
-    labels = row["labels"]
-    first = next((i for i in range(1, len(labels)) if labels[i] != heads.IGNORE_INDEX), 0)
+    """What stands before the last answer: the start of the last run of labels."""
+    learnt = [label != IGNORE_INDEX for label in row["labels"]]
+    first = max((i for i in range(1, len(learnt)) if learnt[i] and (i == 1 or not learnt[i - 1])), default=0)
     return {"sample_id": row["sample_id"], "input_ids": row["input_ids"][:first]}
