@@ -98,7 +98,8 @@ def plain_prompt(example: Mapping[str, Any], talk: Conversation, template: str) 
     if template == "plain":
         return "\n\n".join(text for turn in turns if (text := turn.get("content") or ""))
     instruction, given = example.get("instruction"), example.get("input") or ""
-    opening, parts = _ALPACA_SYSTEM_WITH_INPUT if given else _ALPACA_SYSTEM, []
+    opening = _ALPACA_SYSTEM_WITH_INPUT if given else _ALPACA_SYSTEM
+    parts: list[str] = []
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
     for i, turn in enumerate(turns):
         text = turn.get("content") or ""
