@@ -76,7 +76,7 @@ def weight_and_bias(output: Any) -> tuple[Tensor, Tensor | None]:
     with _gathered(output), torch.autocast(output.get_base_layer().weight.device.type, enabled=False):
         if hasattr(output, "get_merged_weights"):
             return output.get_merged_weights(_active(output)), None  # whose own forward takes no bias
-        if hasattr(output, "lora_A") and _is_plain_lora(output):
+        if _is_plain_lora(output):
             return _with_lora(output)
         return _affine_map(output)
 
@@ -87,6 +87,8 @@ def _active(layer: Any) -> list[str]:
 
 
 def _is_plain_lora(layer: Any) -> bool:
+    if not isinstance(getattr(layer, "lora_B", None), nn.ModuleDict):  # AdaLoRA has parameters there
+        return False
     return not any(name in (getattr(layer, "lora_variant", None) or {}) for name in _active(layer))
 
 

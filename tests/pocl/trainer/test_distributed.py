@@ -149,6 +149,28 @@ def test_two_processes_reach_the_weights_of_one(
     assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-4)
 
 
+# PEFT 0.21 asks models for a property by the name it had before transformers 5.20, and warns of its own defaults.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:Setting `save_embedding")
+@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}], ids=["lora", "dora"])
+def test_an_adapter_on_the_head_is_gathered_as_its_base_is(
+    kind: dict[str, Any], tmp_path: Path, student: Any, teacher: Any, rows: Any
+) -> None:
+    from safetensors.torch import load_file
+
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", **kind)
+    adapted = peft.get_peft_model(student, config)
+    train(tmp_path / "one", (copy.deepcopy(adapted), teacher), rows[:8], sharded=False, per_device_train_batch_size=4)
+    codes = start_two(tmp_path / "two", (adapted, teacher), rows[:8], sharded=True, per_device_train_batch_size=2)
+    assert codes == [0, 0]
+    one, two = (load_file(tmp_path / run / "stage-1/student/adapter_model.safetensors") for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert any("lm_head.lora_B" in name and one[name].any() for name in one)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    assert figures(tmp_path / "two") == pytest.approx(figures(tmp_path / "one"), rel=1e-4)
+
+
 def test_processes_sample_together_though_one_may_have_fillers_only(
     tmp_path: Path, student: Any, teacher: Any, rows: Any
 ) -> None:
