@@ -114,6 +114,39 @@ def entering_states(model: Any, backbone: nn.Module | None, inputs: dict[str, An
     return hidden, bool(returned) and _is_same(hidden, returned[-1])
 
 
+def states_and_router_loss(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What enters the output embedding [B, L, H], and the balance loss of a mixture of experts.
+
+    The forward runs to its end, with one zero in place of each position's logits.
+
+    Args:
+        model: unwrapped.
+        inputs: of the model's forward.
+
+    Raises:
+        ValueError: the model's forward gives no such loss.
+    """
+    embedding = output_embedding_of(model)
+    seen: list[Tensor] = []
+
+    def without_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(hidden)
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
+
+    embedding.forward = without_logits
+    try:
+        output = type(model).forward(model, **_taken_by(type(model).forward, {**inputs, "output_router_logits": True}))
+    finally:
+        del embedding.forward
+    loss = getattr(output, "aux_loss", None)
+    if not seen or not isinstance(loss, Tensor):
+        raise ValueError(
+            f"model: its config has output_router_logits=True, but the forward of {type(model).__name__} gives no "
+            "aux_loss; set output_router_logits=False"
+        )
+    return seen[-1], loss
+
+
 def _is_same(a: Tensor, b: Any) -> bool:
     """Whether two tensors are one and the same memory, seen in the same way."""
     if a is b:

@@ -64,6 +64,8 @@ def verify_head(model: nn.Module, tolerance: float = _TOLERANCE, length: int = 8
                 f"row of {length} tokens; only models that predict one token at a position can be distilled"
             )
         ours = project(head_of(view.model), hidden)
+        if trained and view.router_coefficient:
+            view.states_and_router_loss(input_ids, mask)
         shorter = view.hidden_states(input_ids[:, :-2], mask[:, :-2])
     tolerance = tolerance_of(hidden.dtype, tolerance)
     error = _difference(own, ours)

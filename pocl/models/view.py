@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl.models.head import head_of
-from pocl.models.hidden import backbone_of, backbone_states, entering_states
+from pocl.models.hidden import backbone_of, backbone_states, entering_states, states_and_router_loss
 from pocl.models.wrappers import text_config, unwrapped
 from pocl_kernels import Head
 
@@ -77,6 +77,15 @@ class LanguageModel:
         kinds = getattr(self.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
         return sorted(set(kinds)), window
 
+    @property
+    def router_coefficient(self) -> float:
+        """Weight of the experts' balance loss where the config asks for it (`output_router_logits`), else 0."""
+        if not getattr(self.config, "output_router_logits", False):
+            return 0.0
+        names = ("router_aux_loss_coef", "aux_loss_coef")  # of most; of JetMoE
+        found = (getattr(owner, name, None) for owner in (self.model, self.config) for name in names)
+        return float(next((value for value in found if value is not None), 0.0))
+
     def head(self) -> Head:
         """See `pocl.models.head_of`."""
         return head_of(self.model)
@@ -97,14 +106,23 @@ class LanguageModel:
         Raises:
             ValueError: an encoder-decoder, or a model whose logits do not come from its output embedding.
         """
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}
+        inputs = _inputs(input_ids, attention_mask, inputs)
         if self._enters:
             return backbone_states(self.backbone, inputs)
         hidden, enters = entering_states(self.model, self._watched(), inputs)
         if self._enters is None:
             self._enters = enters
         return hidden
+
+    def states_and_router_loss(
+        self, input_ids: Tensor, attention_mask: Any = None, **inputs: Any
+    ) -> tuple[Tensor, Tensor]:  # [B, L, H], a scalar
+        """`hidden_states`, and the balance loss of these tokens, not yet multiplied by `router_coefficient`.
+
+        Raises:
+            ValueError: as `hidden_states`; or the model's forward gives no such loss.
+        """
+        return states_and_router_loss(self.model, _inputs(input_ids, attention_mask, inputs))
 
     def _watched(self) -> nn.Module | None:
         if self._enters is None:
@@ -113,6 +131,11 @@ class LanguageModel:
             except ValueError:  # a model that is not made of two parts
                 pass
         return None
+
+
+def _inputs(input_ids: Tensor, attention_mask: Any, further: dict[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in further.items() if value is not None}
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **given}
 
 
 def view_of(model: nn.Module | LanguageModel) -> LanguageModel:

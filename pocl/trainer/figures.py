@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pocl.curriculum import Stage
 
-NAMES = ("loss", "divergence", "cross_entropy", "student_entropy", "num_tokens")
+NAMES = ("loss", "divergence", "cross_entropy", "student_entropy", "router_loss", "num_tokens")
 
 
 class Figures:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pocl import heads
+from pocl.models import view_of
 from pocl_kernels import Divergence, Head, fused_linear_cross_entropy, fused_linear_divergence
 
 
@@ -36,8 +37,22 @@ class DistillationLossCall:
     kd_ratio: float
     normalizer: Tensor
 
-    def __call__(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
-        """Loss and figures of hidden states [B, L, H]; all divided by the normaliser, all but `loss` detached."""
+    def __call__(self, hidden: Tensor, head: Head, router_loss: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss and figures of hidden states [B, L, H]; all divided by the normaliser, all but `loss` detached.
+
+        Args:
+            hidden, head: the student's.
+            router_loss: what its experts add to the loss of a batch. This part takes part with its share of the label
+                tokens, so that the parts of a batch, over accumulation and processes, add their mean.
+        """
+        figures = self._distillation(hidden, head)
+        if router_loss is not None:
+            share = router_loss * len(self.positions) / self.normalizer.to(router_loss.device)
+            figures["loss"] = figures["loss"] + share.squeeze()
+            figures["router_loss"] = share.detach().squeeze()
+        return figures
+
+    def _distillation(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         hidden = heads.at_positions(hidden, self.positions)
         labels = heads.shifted_labels(self.labels).flatten().index_select(0, self.positions)
         if self.teacher_hidden is None or self.teacher_head is None:
@@ -83,7 +98,11 @@ def install_fused_forward(model: nn.Module) -> None:
         if distillation is None:
             return self._forward_without_distillation(*args, **kwargs)
         inputs = {name: kwargs[name] for name in heads.MODEL_INPUTS if kwargs.get(name) is not None}
-        return distillation(heads.hidden_states(self, **inputs), heads.head_of(self))
+        view = view_of(self)
+        if self.training and (coefficient := view.router_coefficient):
+            hidden, router_loss = view.states_and_router_loss(**inputs)
+            return distillation(hidden, view.head(), coefficient * router_loss)
+        return distillation(view.hidden_states(**inputs), view.head())
 
     forward.__signature__ = inspect.signature(type(inner).forward)  # type: ignore[attr-defined]  # generate() reads it
     inner.forward = types.MethodType(forward, inner)
