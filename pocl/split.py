@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def normalized(text: str) -> str:
@@ -12,7 +12,7 @@ def normalized(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def hold_out(prompts: Sequence[str], sizes: Sequence[int], *, seed: int) -> list[list[int]]:
+def hold_out(prompts: Iterable[str], sizes: Sequence[int], *, seed: int) -> list[list[int]]:
     """Indices of disjoint parts of at most `sizes` samples, and, last, of all the rest in random but fixed order.
 
     Equal prompts (see `normalized`) stay together, so that no part repeats a question of another. A prompt's place is a
@@ -23,25 +23,27 @@ def hold_out(prompts: Sequence[str], sizes: Sequence[int], *, seed: int) -> list
     """
     if any(size < 0 for size in sizes):
         raise ValueError(f"sizes must not be negative, got {list(sizes)}")
-    groups: dict[str, list[int]] = {}
+    groups: dict[bytes, list[int]] = {}  # by digest: the texts of a million prompts need not be kept
     for index, prompt in enumerate(prompts):
-        groups.setdefault(normalized(prompt) or prompt, []).append(index)
-    order = sorted(groups, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
+        text = normalized(prompt) or prompt
+        groups.setdefault(hashlib.sha256(f"{seed}:{text}".encode()).digest(), []).append(index)
+    order = sorted(groups)
     parts: list[list[int]] = []
     for size in sizes:
         part: list[int] = []
         left_over = []
-        for text in order:
-            if len(part) + len(groups[text]) <= size:
-                part += groups[text]
+        for digest in order:
+            if len(part) + len(groups[digest]) <= size:
+                part += groups[digest]
             else:
-                left_over.append(text)
+                left_over.append(digest)
         parts.append(sorted(part))
         order = left_over
-    rest = [index for text in order for index in groups[text]]
+    rest = [index for digest in order for index in groups[digest]]
     if not rest:
+        count = sum(map(len, groups.values()))
         raise ValueError(
-            f"{len(prompts)} samples with {len(groups)} distinct prompts leave none to train on after holding out "
+            f"{count} samples with {len(groups)} distinct prompts leave none to train on after holding out "
             f"{' and '.join(map(str, sizes))}; hold out fewer"
         )
     return [*parts, rest]

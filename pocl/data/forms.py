@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pocl.data.conversation import Conversation, is_answer, text_of_turn
+from pocl.data.refusals import ARGUMENTS, GRADED, REFUSED, REFUSED_BESIDE_TEXTS, needed, refuse_other_uses
 from pocl.data.turns import RowError, are_turns, parsed, text_of, tools_of, turns_of
 
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _CONTEXT = ("input", "context")
-_ARGUMENTS = "chat_template_kwargs"
-_READ_BESIDE = (*_SYSTEM, *_TOOLS, _ARGUMENTS)
+_READ_BESIDE = (*_SYSTEM, *_TOOLS, ARGUMENTS)
 _RESERVED = (
     "messages",
     "conversation",
@@ -30,47 +30,6 @@ _RESERVED = (
     "return_tensors",
     "return_assistant_tokens_mask",
 )
-
-_MEDIA = "holds what is no text, and models of text alone are distilled here; drop the column if the texts do without"
-_JOIN = "would change the prompt, and no form says how; write it into the prompt, or drop the column"
-_GRADED = "says which answers are good; keep the rows whose answer is to be learned, and drop the column"
-# Columns that would change what a row says, and that its form does not read; an empty one does not matter.
-_REFUSED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-    **dict.fromkeys(("context", "history"), _JOIN),
-    "documents": f"would change the prompt; hand it to the template inside `{_ARGUMENTS}`",
-    "kto_tag": _GRADED,
-    "corrected": "holds a second answer beside the first; name the answer to be learned `output`, and drop the other",
-}
-_REFUSED_BESIDE_TEXTS = dict.fromkeys(("instruction", "input", "choices", "options", "article", "passage"), _JOIN)
-NEEDED = (
-    "`messages` or `conversations` (turns), `prompt` and `completion`, `instruction`, `input` and `output`, or `text` "
-    "(a corpus)"
-)
-# What the columns of data that has another use say: (columns, why not, and what to do).
-_NOT_ROWS = (
-    (("input_ids",), "holds token ids, which need no reading: hand the rows to POCLTrainer or to `score`"),
-    (
-        ("chosen", "rejected"),
-        "are two answers to compare, and one answer is learned from here: rename `chosen` to `completion` (`messages` "
-        "where it holds the whole conversation; with `instruction`: `output`) to learn from the preferred one",
-    ),
-    (
-        ("completions", "labels"),
-        "are single steps with a grade each: join the steps of a row into `completion` to learn from them",
-    ),
-    (("segments",), "are pieces of text with labels of their own: write them as `prompt` and `completion`"),
-)
-_RENAMES = {"question": "prompt", "query": "prompt", "INSTRUCTION": "instruction", "message_1": "prompt"} | {
-    "article": "prompt",
-    "answer": "completion",
-    "generation": "completion",
-    "RESPONSE": "output",
-    "message_2": "completion",
-    "summary": "completion",
-    "solution": "completion",
-    "output": "completion",
-}
 
 
 class Example(NamedTuple):
@@ -118,6 +77,7 @@ class RowReader:
         """Rows that had all columns of a form, filled or not."""
         self.corpus: bool | None = None
         """Whether the rows are texts of a corpus; None as long as all were empty."""
+        self._shapes: dict[tuple[str, ...], _Shape] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> Example:
         """The example in a row.
@@ -126,6 +86,21 @@ class RowReader:
             RowError: says what about the row cannot be read, and what to do.
         """
         self.report.num_rows += 1
+        columns = tuple(row)
+        shape = self._shapes.get(columns)
+        if shape is None:
+            shape = self._shapes[columns] = _Shape.of(columns)
+        example = shape.quick(row) if self.corpus is not True else None
+        if example is None:
+            return self._read(row)
+        if shape.form is not None and not shape.met:
+            shape.met = True
+            self._account(row, shape.form)
+        self.corpus = False
+        self.num_whole += 1
+        return example
+
+    def _read(self, row: Mapping[str, Any]) -> Example:
         columns = [name for name, value in row.items() if value is not None and value != "" and value != []]
         form = self._form(row, columns)
         if form is None:
@@ -158,11 +133,11 @@ class RowReader:
         return max(partly, key=lambda form: sum((name in row) + (name in filled) for name in form.needs))
 
     def _check(self, name: str, row: Mapping[str, Any], form: Form) -> None:
-        refused = _REFUSED if form.holds_turns else _REFUSED | _REFUSED_BESIDE_TEXTS
+        refused = REFUSED if form.holds_turns else REFUSED | REFUSED_BESIDE_TEXTS
         if name in refused and form.needs != ("text",):
             raise RowError(f"`{name}` {refused[name]}")
         if name == "label" and str(row[name]) in ("True", "False", "true", "false"):
-            raise RowError(f"`label` {_GRADED}")
+            raise RowError(f"`label` {GRADED}")
         if name == "rejected" and not form.holds_turns:
             refuse_other_uses(["chosen", "rejected"])
 
@@ -204,9 +179,9 @@ class RowReader:
             else:
                 arguments |= _arguments(row[name])
         if "tools" in arguments:
-            arguments_tools = tools_of(arguments.pop("tools"), f"`{_ARGUMENTS}.tools`", wrap=wrap, filled=self.filled)
+            arguments_tools = tools_of(arguments.pop("tools"), f"`{ARGUMENTS}.tools`", wrap=wrap, filled=self.filled)
             if tools and arguments_tools and tools != arguments_tools:
-                raise RowError(f"it has tools in a column and others in `{_ARGUMENTS}`; keep one of the two")
+                raise RowError(f"it has tools in a column and others in `{ARGUMENTS}`; keep one of the two")
             tools = tools if tools is not None else arguments_tools
         last = max((i for i, turn in enumerate(turns) if is_answer(turn)), default=None)
         if last is None:
@@ -236,34 +211,6 @@ class RowReader:
             self.report.counts["rows without an answer"] += 1
 
 
-def refuse_other_uses(columns: list[str]) -> None:
-    """Refuses columns of data that is made for something else.
-
-    Raises:
-        RowError: says what they are and what to do.
-    """
-    for names, why in _NOT_ROWS:
-        if all(name in columns for name in names):
-            raise RowError(f"{' and '.join(f'`{name}`' for name in names)} {why}")
-
-
-def needed(row: Mapping[str, Any]) -> str:
-    """What is needed instead of a row's columns, with the new names where they can be guessed."""
-    if lists := [name for name, value in row.items() if isinstance(value, list) and value and _is_row(value[0])]:
-        return f"needed are {NEEDED}. The rows seem to lie inside `{lists[0]}`: write that list alone into the file"
-    if len(row) == 1 and any(mark in next(iter(row)) for mark in ";\t|"):
-        return f"needed are {NEEDED}, with commas between the columns of a CSV file"
-    found = {name: _RENAMES[name] for name in row if name in _RENAMES}
-    renames = " and ".join(f"`{old}` to `{new}`" for old, new in found.items())
-    if len(found) == 2 and len(set(found.values())) == 2:
-        return f"needed are {NEEDED}. Rename {renames}"
-    return f"needed are {NEEDED}. Rename the columns that hold the prompt and the response"
-
-
-def _is_row(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _joined(turns: list[dict[str, Any]]) -> str:
     return "\n\n".join(filter(None, map(text_of_turn, turns)))
 
@@ -287,11 +234,11 @@ def _with_system(turns: list[dict[str, Any]], text: str, name: str) -> list[dict
 def _arguments(value: Any) -> dict[str, Any]:
     if value is None or value == "":
         return {}
-    found = parsed(value, f"`{_ARGUMENTS}`", "an object") if isinstance(value, str) else value
+    found = parsed(value, f"`{ARGUMENTS}`", "an object") if isinstance(value, str) else value
     if not isinstance(found, Mapping):
-        raise RowError(f"`{_ARGUMENTS}` must be an object: names and values of the template's arguments")
+        raise RowError(f"`{ARGUMENTS}` must be an object: names and values of the template's arguments")
     if reserved := [name for name in _RESERVED if name in found]:
-        raise RowError(f"`{_ARGUMENTS}` must not hold {', '.join(reserved)}: the reader decides it")
+        raise RowError(f"`{ARGUMENTS}` must not hold {', '.join(reserved)}: the reader decides it")
     return {name: inner for name, inner in found.items() if inner is not None}
 
 
@@ -308,6 +255,8 @@ class Form:
     may: tuple[str, ...] = ()
     """Columns that it reads where they are."""
     holds_turns: bool = False
+    quick: Callable[[Mapping[str, Any]], Example | None] | None = None
+    """Reads plain rows of the form in less time; None for the others."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -407,12 +356,70 @@ def _from_text(reader: RowReader, row: Mapping[str, Any], beside: list[str]) -> 
     return Example(text=text_of(row.get("text"), "`text`"))
 
 
+def _two_texts(first: str, answer: str) -> Callable[[Mapping[str, Any]], Example | None]:
+    """Reads the rows that nearly all data sets consist of: a question and an answer, each a text that is there."""
+
+    def read(row: Mapping[str, Any]) -> Example | None:
+        question, response = row[first], row[answer]
+        if type(question) is not str or type(response) is not str or not question or not response:
+            return None
+        if first == "prompt":
+            return None if question[0] in "[ \n\t" else Example(question, response)
+        context = row.get("input") or ""
+        if not context:
+            context = row.get("context") or ""
+        elif row.get("context"):
+            return None
+        if type(context) is not str:
+            return None
+        return Example(f"{question}\n\n{context}" if context else question, response, question, context)
+
+    return read
+
+
+@dataclass
+class _Shape:
+    """What the names of a row's columns alone say."""
+
+    form: Form | None
+    """The form that the row has if it fills the form's columns."""
+    matters: tuple[str, ...] = ()
+    """Columns beside that make the row something else unless they are empty."""
+    met: bool = False
+
+    @classmethod
+    def of(cls, columns: tuple[str, ...]) -> _Shape:
+        form = next((form for form in _FORMS if all(name in columns for name in form.needs)), None)
+        if form is None or form.quick is None:
+            return cls(None)
+        plain = (*form.needs, *_CONTEXT) if form.needs[0] == "instruction" else form.needs
+        special = {*REFUSED, *REFUSED_BESIDE_TEXTS, *_READ_BESIDE, "history", "label", "rejected"}.difference(plain)
+        return cls(form, tuple(name for name in columns if name in special))
+
+    def quick(self, row: Mapping[str, Any]) -> Example | None:
+        """The example, where the row is plainly of the form; None where it takes a second look."""
+        if self.form is None or self.form.quick is None:
+            return None
+        for name in self.matters:
+            if row[name] is not None and row[name] != "":
+                return None
+        return self.form.quick(row)
+
+
 _FORMS = (
     *(Form((name,), _from_turns(name), holds_turns=True) for name in ("messages", "conversations", "conversation")),
     *(
-        Form(("instruction", answer), _from_instruction(answer), (*_CONTEXT, "history"))
+        Form(
+            ("instruction", answer),
+            _from_instruction(answer),
+            (*_CONTEXT, "history"),
+            quick=_two_texts("instruction", answer),
+        )
         for answer in ("output", "response")
     ),
-    *(Form(("prompt", answer), _from_pair(answer)) for answer in ("completion", "response")),
+    *(
+        Form(("prompt", answer), _from_pair(answer), quick=_two_texts("prompt", answer))
+        for answer in ("completion", "response")
+    ),
 )
 _CORPUS = Form(("text",), _from_text)

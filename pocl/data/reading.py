@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.data.files import BATCH, Place
-from pocl.data.forms import Example, ReadReport, RowReader, needed
+from pocl.data.forms import Example, ReadReport, RowReader
+from pocl.data.refusals import needed
 from pocl.data.sources import Rows, open_rows
 from pocl.data.turns import RowError
 
@@ -179,6 +180,7 @@ def _kept(tables: Iterator[pa.Table]) -> Dataset:
     """The tables as one: in memory, or, where they are large, in a file that goes when the process ends."""
     import pyarrow as pa
     from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
 
     kept: list[pa.Table] = []
     size = 0
@@ -188,7 +190,8 @@ def _kept(tables: Iterator[pa.Table]) -> Dataset:
         if size > _IN_MEMORY:
             break
     else:
-        return Dataset(pa.concat_tables(kept).combine_chunks())
+        # without a fingerprint, `datasets` would pickle and hash the whole table
+        return Dataset(pa.concat_tables(kept).combine_chunks(), fingerprint=generate_random_fingerprint())
     handle, path = tempfile.mkstemp(suffix=".arrow", dir=_scratch())
     with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, kept[0].schema) as writer:
         for table in itertools.chain(kept, tables):

@@ -128,6 +128,7 @@ def split_examples(
         ValueError: unreadable or empty data (see `pocl.data.load_examples`), or nothing left to train on.
     """
     from pocl.data.reading import to_examples
+    from pocl.data.tables import arrow_column
 
     def read(name: str, rows: Rows, limit: int | None = None) -> Dataset:
         found, report = to_examples(rows, limit=limit)
@@ -143,7 +144,8 @@ def split_examples(
         "test": (data.test, data.test_split, data.num_test),
     }
     held_out = {name: size for name, (source, _, size) in named.items() if source is None}
-    parts = hold_out(whole["prompt"], list(held_out.values()), seed=recipe.seed)
+    prompts = (prompt.as_py() for prompt in arrow_column(whole, "prompt"))
+    parts = hold_out(prompts, list(held_out.values()), seed=recipe.seed)
     chosen = dict(zip(held_out, parts, strict=False))
     train = sorted(parts[-1][: data.num_train])
     found = {"train": whole.select(train)}

@@ -283,6 +283,12 @@ def test_columns_of_no_form_are_named_with_what_is_needed(row: dict[str, Any]) -
         load_examples([row])
 
 
+@pytest.mark.parametrize("row", [{"prompt": "a"}, {"prompt": [USER]}, {"instruction": "a", "input": "b"}])
+def test_prompts_alone_are_told_to_need_answers(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Prompts alone teach nothing here"):
+        load_examples([row])
+
+
 def test_a_corpus_and_answers_in_one_source_are_refused() -> None:
     for rows in ([BESIDE, {"text": "a"}], [{"text": "a"}, BESIDE], [{}, {"text": "a"}, {"messages": [USER, ANSWER]}]):
         with pytest.raises(ValueError, match=f"row {len(rows)}: a corpus .* stand in one source"):
