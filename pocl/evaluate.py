@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from pocl.difficulty.measure import MAX_BATCH_TOKENS, check_models, check_samples, token_scores
 from pocl.difficulty.samples import Sample, SampleReader
 from pocl.generation import GenerationSettings, end_tokens, generate
-from pocl.rouge import rouge_l
+from pocl.rouge import check_rule, count_wordless, pair_scores, warn_of_wordless
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,6 +83,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     seeds: Sequence[int] = (),
     num_generated: int | None = None,
+    words: str = "auto",
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -99,6 +100,7 @@ def evaluate(
         seeds: sampling seeds; answers are made once a seed and the metrics averaged (the paper: 10 to 50). Empty: one
             run with the settings as they are.
         num_generated: answer the first n samples only; 0 skips generation; all when left out.
+        words: what ROUGE-L takes for a word: `auto`, `rouge_score`, `unicode` or `characters` (see `pocl.rouge`).
         max_batch_tokens: tokens, padding included, of one forward batch.
         progress: show progress bars.
 
@@ -106,6 +108,7 @@ def evaluate(
         ValueError: bad data (see `score`), a model that the trainer would refuse (`pocl.heads.verify_head`), or a
             teacher whose vocabulary differs in more than padding.
     """
+    check_rule(words)
     check_models(model, teacher)
     read = SampleReader(
         tokenizer,
@@ -130,7 +133,7 @@ def evaluate(
         if max_new_tokens is not None:
             settings = replace(settings, max_new_tokens=max_new_tokens)
         runs = [replace(settings, seed=seed) for seed in seeds] or [settings]
-        rouge, match, responses = _answer_metrics(model, tokenizer, judged, runs, progress)
+        rouge, match, responses = _answer_metrics(model, tokenizer, judged, runs, words, progress)
     counts = [len(sample.response) for sample in samples]
     kl = None if teacher is None else _token_mean([s.kl_to_teacher or 0.0 for s in scores], counts)
     cross_entropy = _token_mean([s.cross_entropy for s in scores], counts)
@@ -147,10 +150,12 @@ def _answer_metrics(
     tokenizer: Any,
     samples: Sequence[Sample],
     runs: Sequence[GenerationSettings],
+    words: str,
     progress: bool,
 ) -> tuple[float, float, tuple[str, ...]]:
     """ROUGE-L and exact match, means over samples and runs, and the answers of the first run."""
     references = [sample.reference for sample in samples]
+    warn_of_wordless(count_wordless(references, words), len(references), words)
     rouge: list[float] = []
     match: list[float] = []
     first: tuple[str, ...] = ()
@@ -165,6 +170,6 @@ def _answer_metrics(
         )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         first = first or tuple(texts)
-        rouge += rouge_l(texts, references)
+        rouge += pair_scores(texts, references, stem=True, words=words)
         match += exact_match(texts, references)
     return math.fsum(rouge) / len(rouge), math.fsum(match) / len(match), first

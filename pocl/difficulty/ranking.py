@@ -8,6 +8,7 @@ subsets, easy first. Source: arXiv 2506.05695, section 3.2; fusion: Cormack et a
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from numpy.typing import ArrayLike, NDArray
+
+logger = logging.getLogger(__name__)
 
 DIRECTIONS = ("ascending", "descending")
 PARTITIONS = ("count", "quantile")
@@ -90,7 +93,9 @@ def rank(
     """
     chosen = tuple(c if isinstance(c, Criterion) else Criterion(**c) for c in criteria)
     _check(scores, k, num_subsets, chosen, partition)
-    columns = {f"rank_{c.column}": ordinal_ranks(_finite(scores, c), direction=c.direction) for c in chosen}
+    finite = {c.column: _finite(scores, c) for c in chosen}
+    _warn_of_constants(finite)
+    columns = {f"rank_{c.column}": ordinal_ranks(finite[c.column], direction=c.direction) for c in chosen}
     # rounded once: samples with the same ranks under other criteria tie exactly, whatever the criteria's order
     fused = _exact_sums(
         [np.divide(c.weight, k + ranks, dtype=np.float64) for c, ranks in zip(chosen, columns.values(), strict=True)]
@@ -126,6 +131,16 @@ def _check(scores: Dataset, k: float, num_subsets: int, criteria: Sequence[Crite
         )
     if partition not in PARTITIONS:
         raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {partition!r}")
+
+
+def _warn_of_constants(values: Mapping[str, NDArray[np.float64]]) -> None:
+    same = [f"{name} ({column[0]:g})" for name, column in values.items() if len(column) > 1 and np.ptp(column) == 0]
+    if same:
+        logger.warning(
+            "%s: the same for all %d samples, so it ranks them in the order of the data and says nothing of difficulty",
+            ", ".join(same),
+            len(next(iter(values.values()))),
+        )
 
 
 def _finite(scores: Dataset, criterion: Criterion) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from pocl.difficulty.samples import Sample, SampleReader, mark_of, split_into_sh
 from pocl.difficulty.store import MemoryStore, ShardStore, add_ids, check_ids
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
 from pocl.models import in_evaluation_mode, text_config
-from pocl.rouge import rouge_l
+from pocl.rouge import check_rule, count_wordless, pair_scores, warn_of_wordless
 from pocl.teacher.store import tokenizer_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def score(
     shard_size: int | None = None,
     backend: str = "auto",
     stem: bool = True,
+    words: str = "auto",
     progress: bool = True,
 ) -> Dataset:
     """Scores every sample with the student before distillation (arXiv 2506.05695, section 3.2).
@@ -98,6 +100,7 @@ def score(
         shard_size: samples a shard, 128 on a CPU and 1,024 elsewhere when left out.
         backend: as in `generate`.
         stem: compare Porter stems.
+        words: what ROUGE-L takes for a word: `auto`, `rouge_score`, `unicode` or `characters` (see `pocl.rouge`).
         progress: show a progress bar.
 
     Returns:
@@ -116,6 +119,7 @@ def score(
     from datasets.table import InMemoryTable
 
     shard_size = shard_size or SHARD_SIZE.get(next(model.parameters()).device.type, SHARD_SIZE["cuda"])
+    check_rule(words)
     _check_sizes(shard_size=shard_size, max_batch_tokens=max_batch_tokens, batch_size=batch_size)
     read = SampleReader(
         tokenizer, _columns(dataset), template=template, max_length=max_length, max_prompt_length=max_prompt_length
@@ -138,17 +142,19 @@ def score(
             "rows": read.describe(),
             "answers": None if answering is None else asdict(answering) | {"rows": batch_size},
             "batches": {"max_batch_tokens": max_batch_tokens, "shard_size": shard_size, "stem": stem},
+            "words": words,
         }
         store: ShardStore | MemoryStore = MemoryStore() if output_dir is None else ShardStore(output_dir)
         kept = processes.first(lambda: store.open(run, {} if answering is None else {"rows": answering.rows}))
         if answering is not None:
             # what fits may differ from run to run, but the rounding of an answer may depend on it
             answering = replace(answering, rows=kept["rows"])
-        scorer = Scorer(model, tokenizer, answering, teacher=teacher, max_batch_tokens=max_batch_tokens, stem=stem)
-        num_shards = _score_shards(dataset, shard_size, read, scorer, store, processes, progress)
+        scorer = Scorer(model, tokenizer, answering, teacher, max_batch_tokens, stem, words)
+        judged: Counter[str] = Counter()
+        num_shards = _score_shards(dataset, shard_size, read, scorer, store, processes, progress, judged)
         processes.wait()
         processes.first(lambda: store.finish(num_shards))
-        _report(read, processes)
+        _report(read, processes, judged, words)
         return Dataset(InMemoryTable(store.read()))
 
 
@@ -162,6 +168,7 @@ class Scorer:
     teacher: nn.Module | None
     max_batch_tokens: int
     stem: bool
+    words: str
 
     def __call__(self, samples: Sequence[Sample], advance: Advance | None = None) -> pa.Table:
         """The rows of the table, in the order of the samples."""
@@ -183,7 +190,8 @@ class Scorer:
             columns["kl_to_teacher"] = [s.kl_to_teacher for s in scores]
         if self.answering is not None:
             texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True) if answers else []
-            columns["rouge_l"] = rouge_l(texts, [s.reference for s in samples], stem=self.stem)
+            references = [s.reference for s in samples]
+            columns["rouge_l"] = pair_scores(texts, references, stem=self.stem, words=self.words)
             columns["response"] = texts
         columns["num_tokens"] = [len(s.response) for s in samples]
         return pa.table({name: pa.array(values, type=_TYPES[name]) for name, values in columns.items()})
@@ -197,8 +205,12 @@ def _score_shards(
     store: ShardStore | MemoryStore,
     processes: Processes,
     progress: bool,
+    judged: Counter[str],
 ) -> int:
-    """Scores what this process has to and is not there yet; returns the number of shards of all processes."""
+    """Scores what this process has to and is not there yet; returns the number of shards of all processes.
+
+    `judged` counts the references that answers are judged by, and those without words.
+    """
     num_shards = 0
     stream = not hasattr(dataset, "select")  # whose ids nobody has seen before
     seen: set[int] = set()
@@ -212,6 +224,9 @@ def _score_shards(
             raw = rows()
             samples = read(raw)
             mark = mark_of(samples)
+            if scorer.answering is not None:
+                references = [sample.reference for sample in samples]
+                judged.update(all=len(samples), wordless=count_wordless(references, scorer.words))
             if store.load(index, mark) is not None:
                 bar.skip(len(raw))
                 continue
@@ -278,7 +293,9 @@ def _answering(
     return Answering(settings, tuple(end_tokens(model, tokenizer)), backend, rows)
 
 
-def _report(read: SampleReader, processes: Processes) -> None:
+def _report(read: SampleReader, processes: Processes, judged: Counter[str], words: str) -> None:
+    where = f" (in the shards of process {processes.rank} of {processes.size})" if processes.size > 1 else ""
+    warn_of_wordless(judged["wordless"], judged["all"], words, where)
     counts = read.encoder.counts
     dropped = counts["empty_prompts"] + counts["empty_responses"]
     if dropped:
@@ -287,7 +304,7 @@ def _report(read: SampleReader, processes: Processes) -> None:
             dropped,
             counts["empty_prompts"],
             counts["empty_responses"],
-            f" (in the shards of process {processes.rank} of {processes.size})" if processes.size > 1 else "",
+            where,
         )
 
 

@@ -64,6 +64,7 @@ def score_models(
                 teacher=None if is_teacher else context.teacher(),
                 generation=settings,
                 seeds=section.seeds if sampled else (),
+                words=section.words,
                 **context.text_options(),
             )
             record = dataclasses.asdict(result)

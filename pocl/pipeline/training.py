@@ -202,6 +202,7 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
         examples,
         output_dir=context.path / "ranking",
         answers=section.needs_answers,
+        words=section.words,
         generation=settings if section.needs_answers else None,
         teacher=context.teacher() if section.needs_teacher else None,
         **context.text_options(),
@@ -355,7 +356,7 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 def _answer_metric(context: Context) -> Any:
     """ROUGE-L of a student's greedy answers to the validation prompts."""
     from pocl.generation import GenerationSettings, end_tokens, generate
-    from pocl.rouge import rouge_l
+    from pocl.rouge import count_wordless, pair_scores, warn_of_wordless
 
     rows, examples = context.rows("validation"), context.examples("validation")
     prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
@@ -363,11 +364,14 @@ def _answer_metric(context: Context) -> Any:
     references = [answer_of[number] for number in rows["sample_id"]]
     tokenizer = context.tokenizer()
     settings = GenerationSettings(max_new_tokens=context.recipe.ranking.max_new_tokens)
+    words = context.recipe.ranking.words
+    warn_of_wordless(count_wordless(references, words), len(references), words)
 
     def measure(model: Any) -> dict[str, float]:
         ends = end_tokens(model, tokenizer)
         answers = generate(model, prompts, settings, eos_token_ids=ends, progress=False)
-        scores = rouge_l(tokenizer.batch_decode(answers, skip_special_tokens=True), references)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        scores = pair_scores(texts, references, stem=True, words=words)
         return {"rouge_l": sum(scores) / len(scores)}
 
     return measure

@@ -130,6 +130,7 @@ class WarmupSection(Section):
     """Weight of the distillation loss against label cross-entropy."""
 
 
+WordRule = Literal["auto", "rouge_score", "unicode", "characters"]
 Measure = Literal["rouge_l", "cross_entropy", "response_length", "teacher_cross_entropy", "kl_to_teacher"]
 
 
@@ -170,6 +171,10 @@ class RankingSection(Section):
     """Longest answer the student may write."""
     no_repeat_ngram_size: NonNegativeInt = 6
     """No phrase of this many tokens twice in prompt and answer. 0: no such rule."""
+    words: WordRule = "auto"
+    """What ROUGE-L takes for a word, here and where `training.metric` is rouge_l. rouge_score: runs of a-z and 0-9, as
+    that package. unicode: words of any script, single characters where it is written without spaces. characters: each
+    of them. auto: rouge_score for a reference that has a word under it, else unicode."""
     partition: Literal["count", "quantile"] = "count"
     """Parts of equal size (the paper), or cut at quantiles of the score so that equal scores stay together."""
 
@@ -317,6 +322,8 @@ class EvaluationSection(Section):
     """Sampling temperature of the answers. 0: greedy. The paper samples at 1."""
     seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (10,)
     """Answers are drawn once with each seed and the scores averaged; greedy answers need one."""
+    words: WordRule = "auto"
+    """What ROUGE-L takes for a word; see `ranking.words`."""
     include_teacher: bool = True
     """Also evaluate the teacher, the mark to reach."""
 

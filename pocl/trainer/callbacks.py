@@ -55,8 +55,43 @@ class StageBar(TrainerCallback):
             self.bar = None
 
 
+class Evaluations:
+    """The evaluations of a stage so far, by the metric that is to choose the best, from the log that checkpoints keep.
+
+    Attributes:
+        name: of the metric, as it is logged.
+        values: at each evaluation.
+        losses: at the same; empty where the metric is a loss itself, or none was logged.
+    """
+
+    def __init__(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        entries = [entry for entry in state.log_history if self.name in entry]
+        self.values = [float(entry[self.name]) for entry in entries]
+        # of several evaluation sets each logs its own, as eval_<set>_loss
+        losses = [[float(v) for k, v in e.items() if k.startswith("eval_") and k.endswith("_loss")] for e in entries]
+        self.losses = [] if self.name.endswith("loss") or not all(losses) else [first for first, *_ in losses]
+        self._sign = 1.0 if args.greater_is_better else -1.0
+
+    @property
+    def tell_nothing(self) -> bool:
+        """Whether there are several, and the metric was the same, or not finite, at all of them."""
+        return len(self.values) > 1 and len(set(map(_ordered, self.values))) == 1
+
+    def scores(self) -> list[float]:
+        """Higher is better: the metric, or the loss where the metric tells nothing."""
+        if self.tell_nothing and self.losses:
+            return [_ordered(-loss) for loss in self.losses]
+        return [_ordered(self._sign * value) for value in self.values]
+
+
+def _ordered(value: float) -> float:
+    """What is not finite is worse than anything."""
+    return value if math.isfinite(value) else -math.inf
+
+
 class Convergence(TrainerCallback):
-    """Ends a stage after `patience` evaluations without a better metric.
+    """Ends a stage after `patience` evaluations without a better metric, or loss where the metric tells nothing.
 
     It reads the log that checkpoints keep, so a resumed run stops where the uninterrupted one does.
     """
@@ -69,8 +104,5 @@ class Convergence(TrainerCallback):
 
     def reached(self, args: TrainingArguments, state: TrainerState) -> bool:
         """Whether the last `patience` evaluations brought nothing better than the one before them."""
-        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        values = [entry[name] for entry in state.log_history if name in entry]
-        sign = 1.0 if args.greater_is_better else -1.0
-        scores = [sign * value if math.isfinite(value) else -math.inf for value in values]
+        scores = Evaluations(args, state).scores()
         return len(scores) > self.patience and scores.index(max(scores)) < len(scores) - self.patience

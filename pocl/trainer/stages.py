@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from pocl.curriculum import Curriculum, Stage
 from pocl.difficulty.processes import Processes
-from pocl.trainer.callbacks import Convergence
+from pocl.trainer.callbacks import Convergence, Evaluations
 from pocl.trainer.carry import carry_optimizer, shifted
 from pocl.trainer.figures import Figures
 from pocl.trainer.identity import forget, leave, run_identity, student_identity
@@ -52,6 +52,7 @@ class StagedTrainer(Trainer):
     on_policy: OnPolicy | None
     _step_offset: int = 0  # optimizer steps of the finished stages
     _stage_in_memory: int | None = None  # the stage whose result the model holds
+    _warned: bool = False  # that the metric tells nothing
     _began_with: dict[str, Any] | None = None  # what stands for the student at the start
 
     @property
@@ -168,6 +169,7 @@ class StagedTrainer(Trainer):
         return state.best_model_checkpoint if self.args.load_best_model_at_end else None
 
     def _finish(self, stage: Stage) -> FinishedStage:
+        self._warn_of_metric(stage)
         save_weights(self, self.progress.student_dir(stage.index))
         record = FinishedStage(self.state.global_step, self.state.best_metric, self._kept_checkpoint(stage))
         self.accelerator.wait_for_everyone()
@@ -185,6 +187,37 @@ class StagedTrainer(Trainer):
             return None
         chosen = self._best(self.state) or self.progress.newest_checkpoint(stage.index)
         return None if chosen is None else Path(chosen).name
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best checkpoint so far: by the metric, or by the loss while the metric tells nothing."""
+        name = f"eval_{str(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if self.args.metric_for_best_model is not None and name not in metrics:
+            known = sorted(key.removeprefix("eval_") for key in metrics if key.startswith("eval_"))
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is not among what the evaluation measures: "
+                f"{', '.join(known)}; name one of these, or return it from compute_generation_metrics"
+            )
+        best = super()._determine_best_metric(metrics, trial)
+        evaluations = Evaluations(self.args, self.state)
+        scores = evaluations.scores()
+        if not best and evaluations.tell_nothing and evaluations.losses and scores[-1] > max(scores[:-1]):
+            self.state.best_global_step, best = self.state.global_step, True
+        return best
+
+    def _warn_of_metric(self, stage: Stage) -> None:
+        """Say once what chose the best weights, where the metric could not."""
+        evaluations = Evaluations(self.args, self.state)
+        used = self.args.load_best_model_at_end or self.curriculum.patience is not None
+        if used and evaluations.tell_nothing and evaluations.losses and not self._warned:
+            self._warned = True
+            if self.is_world_process_zero():
+                logger.warning(
+                    "%s was %g at all %d evaluations of stage %d and cannot tell weights apart; the loss did instead",
+                    evaluations.name,
+                    evaluations.values[0],
+                    len(evaluations.values),
+                    stage.index,
+                )
 
     def _restore_result_of(self, index: int) -> None:
         if index >= 0 and self._stage_in_memory != index:

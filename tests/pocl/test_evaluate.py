@@ -76,6 +76,21 @@ def test_seeds_are_averaged(student: Any, tiny_tokenizer: Any, examples: Dataset
     assert both == pytest.approx((one + two) / 2)
 
 
+def test_words_are_those_of_the_rule_and_references_without_one_are_told_once(
+    student: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    # an answer that is not in the vocabulary: the reference is the text, whatever its tokens
+    odd = load_examples([{"prompt": "w1 w2", "completion": "猫"}, {"prompt": "w3", "completion": "w4"}])
+    sampling = {"generation": GenerationSettings(do_sample=True), "seeds": [1, 2, 3]}
+    result = _evaluate(student, tiny_tokenizer, odd, words="rouge_score", **sampling)
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "1 of 2 references have no word under the rule 'rouge_score'"
+    ]
+    assert result.rouge_l <= 0.5
+    with pytest.raises(ValueError, match="words must be one of"):
+        _evaluate(student, tiny_tokenizer, odd, words="latin")
+
+
 def test_normalisation_is_squads() -> None:
     assert normalize_answer("The  quick, brown Fox!") == "quick brown fox"
     assert normalize_answer("an apple a day") == "apple day"

@@ -21,6 +21,18 @@ def _scores(cross_entropy: list[float], rouge: list[float], **more: Any) -> Data
     return Dataset.from_dict({"sample_id": ids, "cross_entropy": cross_entropy, "rouge_l": rouge, **more})
 
 
+def test_a_criterion_that_is_the_same_for_all_samples_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    rank(_scores([2.0, 1.0, 3.0], [0.0, 0.0, 0.0]), num_subsets=1)
+    rank(_scores([2.0, 1.0, 3.0], [0.0, 0.0, 0.1]), num_subsets=1)
+    rank(_scores([2.0], [0.0]), num_subsets=1)
+    (record,) = caplog.records
+    assert "rouge_l (0): the same for all 3 samples" in record.getMessage()
+    caplog.clear()
+    rank(_scores([2.0, 2.0], [0.5, 0.5]), num_subsets=1)
+    assert caplog.messages[0].startswith("rouge_l (0.5), cross_entropy (2): the same for all 2 samples")
+    assert len(caplog.messages) == 1
+
+
 def test_five_samples_with_ties_rank_as_worked_by_hand() -> None:
     # ROUGE-L descending: 0.9 (sample 1), then the two 0.5 in their order (0, 3), 0.2 (2), 0.0 (4)
     # cross-entropy ascending: 1.0 (3), the two 2.0 in their order (0, 1), 3.0 (4), 4.0 (2)

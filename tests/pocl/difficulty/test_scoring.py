@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,22 @@ def test_samples_without_text_are_left_out_and_said(
     examples = load_examples([{"prompt": p, "completion": c} for p, c in pairs])
     assert _score(model, tiny_tokenizer, examples)["sample_id"][:] == [0, 4]
     assert "3 samples were left out: 1 without a prompt, 2 without a response" in caplog.text
+
+
+def test_references_without_words_are_counted_once_over_all_shards_and_in_a_second_run(
+    model: Any, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    examples = load_examples([{"prompt": f"w{i}", "completion": c} for i, c in enumerate(["w2", "!", "猫", "…", "w4"])])
+    for _ in range(2):
+        scores = _score(model, tiny_tokenizer, examples, shard_size=2, output_dir=tmp_path / "a", words="rouge_score")
+        told = [record.getMessage() for record in caplog.records]
+        assert [line.split(":")[0] for line in told] == ["3 of 5 references have no word under the rule 'rouge_score'"]
+        caplog.clear()
+    assert scores["rouge_l"][1:4] == [0.0] * 3
+    score(model, tiny_tokenizer, examples, template="plain", answers=False, progress=False)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="words"):
+        _score(model, tiny_tokenizer, examples, shard_size=2, output_dir=tmp_path / "a", words="unicode")
 
 
 def test_nothing_left_to_score_is_refused(model: Any, tiny_tokenizer: Any) -> None:
