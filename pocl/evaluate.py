@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,8 @@ def evaluate(
     template: str = "auto",
     max_length: int = 512,
     max_prompt_length: int = 256,
+    template_kwargs: Mapping[str, Any] | None = None,
+    special_tokens: str = "text",
     generation: GenerationSettings | None = None,
     max_new_tokens: int | None = None,
     seeds: Sequence[int] = (),
@@ -94,7 +96,7 @@ def evaluate(
         tokenizer: its tokenizer.
         examples: what `load_examples` returns, or rows from `tokenize` (references are then decoded from the labels).
         teacher: when given, KL(teacher || model) is measured against it.
-        template, max_length, max_prompt_length: as in `tokenize`.
+        template, max_length, max_prompt_length, template_kwargs, special_tokens: as in `tokenize`.
         generation: how answers are made; greedy when left out.
         max_new_tokens: overrides that of `generation`.
         seeds: sampling seeds; answers are made once a seed and the metrics averaged (the paper: 10 to 50). Empty: one
@@ -116,6 +118,8 @@ def evaluate(
         template=template,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
+        template_kwargs=template_kwargs,
+        special_tokens=special_tokens,
     )
     samples = read(examples)
     if not samples:

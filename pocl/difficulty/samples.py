@@ -46,21 +46,36 @@ def _select(dataset: Any, rows: range) -> list[Mapping[str, Any]]:
 
 
 class SampleReader:
-    """Turns rows, raw or tokenised, into samples.
+    """Turns rows, raw or tokenised, into samples: of a conversation, the last answer and all that stands before it.
 
     Raises:
         ValueError: a tokenised row that is not a prompt followed by its response.
     """
 
     def __init__(
-        self, tokenizer: Any, columns: Sequence[str], *, template: str, max_length: int, max_prompt_length: int
+        self,
+        tokenizer: Any,
+        columns: Sequence[str],
+        *,
+        template: str,
+        max_length: int,
+        max_prompt_length: int,
+        template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: str = "text",
     ) -> None:
         self.tokenizer = tokenizer
         self.tokenised = "input_ids" in columns
         if not self.tokenised:
             check_columns(columns)
         self.id_column = "sample_id" if self.tokenised else "id"
-        self.encoder = Encoder(tokenizer, template if not self.tokenised else "plain", max_length, max_prompt_length)
+        self.encoder = Encoder(
+            tokenizer,
+            template if not self.tokenised else "plain",
+            max_length,
+            max_prompt_length,
+            template_kwargs=template_kwargs,
+            special_tokens=special_tokens,
+        )
 
     def describe(self) -> dict[str, Any]:
         """What decides how a row becomes a sample."""
@@ -68,20 +83,17 @@ class SampleReader:
             return {"form": "tokens"}
         encoder = self.encoder
         lengths = {"max_length": encoder.max_length, "max_prompt_length": encoder.max_prompt_length}
-        return {"form": "text", "template": encoder.template, **lengths}
+        usual = {"template_kwargs": {}, "special_tokens": "text"}
+        chosen = {name: value for name, was in usual.items() if (value := getattr(encoder, name)) != was}
+        return {"form": "text", "template": encoder.template, **lengths, **chosen}
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> list[Sample]:
         """The samples of the rows; those without prompt or response are left out and counted."""
-        read = self._from_tokens if self.tokenised else self._from_text
-        return [sample for row in rows if (sample := read(row)) is not None]
-
-    def _from_text(self, row: Mapping[str, Any]) -> Sample | None:
-        encoded = self.encoder(row)
-        if encoded is None:
-            return None
-        n = encoded["prompt_length"]
-        ids = encoded["input_ids"]
-        return Sample(int(encoded["sample_id"]), ids[:n], ids[n:], row["response"])
+        if self.tokenised:
+            return [sample for row in rows if (sample := self._from_tokens(row)) is not None]
+        rows = list(rows)
+        encoded = self.encoder.encode_batch(rows)
+        return [_sample(row, found) for row, found in zip(rows, encoded, strict=True) if found is not None]
 
     def _from_tokens(self, row: Mapping[str, Any]) -> Sample | None:
         ids, labels = list(row["input_ids"]), list(row["labels"])
@@ -96,6 +108,11 @@ class SampleReader:
             )
         reference = self.tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
         return Sample(int(row["sample_id"]), ids[:prompt_length], ids[prompt_length:], reference)
+
+
+def _sample(row: Mapping[str, Any], encoded: Mapping[str, Any]) -> Sample:
+    n, ids = encoded["prompt_length"], encoded["input_ids"]
+    return Sample(int(encoded["sample_id"]), ids[:n], ids[n:], row["response"])
 
 
 def mark_of(samples: Sequence[Sample]) -> str:

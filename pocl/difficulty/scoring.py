@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ def score(
     template: str = "auto",
     max_length: int = 512,
     max_prompt_length: int = 256,
+    template_kwargs: Mapping[str, Any] | None = None,
+    special_tokens: str = "text",
     answers: bool = True,
     generation: GenerationSettings | None = None,
     teacher: nn.Module | None = None,
@@ -90,7 +92,7 @@ def score(
             from the labels).
         output_dir: where finished shards and the table are kept, and taken up again after a stop. None keeps them in
             memory; several processes need a folder that all of them see.
-        template, max_length, max_prompt_length: as in `tokenize`; unused for rows.
+        template, max_length, max_prompt_length, template_kwargs, special_tokens: as in `tokenize`; unused for rows.
         answers: let the model answer, for `rouge_l` and `response`; without, cross-entropy alone is measured.
         generation: how answers are made; greedy when left out. The paper also forbids repeated 6-grams.
         teacher: measure `teacher_cross_entropy` and `kl_to_teacher` too.
@@ -122,7 +124,13 @@ def score(
     check_rule(words)
     _check_sizes(shard_size=shard_size, max_batch_tokens=max_batch_tokens, batch_size=batch_size)
     read = SampleReader(
-        tokenizer, _columns(dataset), template=template, max_length=max_length, max_prompt_length=max_prompt_length
+        tokenizer,
+        _columns(dataset),
+        template=template,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        template_kwargs=template_kwargs,
+        special_tokens=special_tokens,
     )
     _check_ids(dataset, read)
     if not answers and generation is not None:

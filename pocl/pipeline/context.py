@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +117,8 @@ class Context:
     def tokenize(self, examples: Dataset) -> tuple[Dataset, Any]:
         from pocl.data import tokenize
 
-        return tokenize(examples, self.tokenizer(), progress=False, **self.text_options())
+        labels = self.recipe.data.labels
+        return tokenize(examples, self.tokenizer(), labels=labels, progress=False, **self.text_options())
 
     def text_options(self) -> dict[str, Any]:
         """How examples become tokens, as keyword arguments that `tokenize`, `score` and `evaluate` share."""
@@ -125,7 +127,16 @@ class Context:
             "template": data.template,
             "max_length": data.max_length,
             "max_prompt_length": data.max_prompt_length,
+            "template_kwargs": data.template_kwargs,
+            "special_tokens": data.special_tokens,
         }
+
+    def template_name(self) -> str:
+        """The template with all that decides what it makes of a conversation; what a teacher's cache is known by."""
+        data = self.recipe.data
+        usual = {"labels": "last", "template_kwargs": {}, "special_tokens": "text"}
+        chosen = {name: value for name, was in usual.items() if (value := getattr(data, name)) != was}
+        return f"{data.template} {json.dumps(chosen, sort_keys=True)}" if chosen else data.template
 
     def _load(self, key: str, make: Any) -> Any:
         if key not in self._loaded:

@@ -198,7 +198,7 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
         rows,
         dtype=dtype,
         tokenizer=context.tokenizer(),
-        template=context.recipe.data.template,
+        template=context.template_name(),
         batch_tokens=section.batch_tokens,
     )
     return {

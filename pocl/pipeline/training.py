@@ -146,7 +146,7 @@ def teacher_for_training(context: Context, *, on_policy: bool = False) -> Teache
     return HiddenStateCache.open(
         context.path / "teacher-cache",
         tokenizer=context.tokenizer(),
-        template=context.recipe.data.template,
+        template=context.template_name(),
         dataset=context.rows("train"),
         fallback=fallback,
     )
@@ -355,14 +355,13 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 def _answer_metric(context: Context) -> Any:
     """ROUGE-L of a student's greedy answers to the validation prompts."""
+    from pocl.difficulty.samples import SampleReader
     from pocl.generation import GenerationSettings, end_tokens, generate
     from pocl.rouge import count_wordless, pair_scores, warn_of_wordless
 
-    rows, examples = context.rows("validation"), context.examples("validation")
-    prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
-    answer_of = dict(zip(examples["id"], examples["response"], strict=True))
-    references = [answer_of[number] for number in rows["sample_id"]]
-    tokenizer = context.tokenizer()
+    examples, tokenizer = context.examples("validation"), context.tokenizer()
+    samples = SampleReader(tokenizer, examples.column_names, **context.text_options())(examples)
+    prompts, references = [sample.prompt for sample in samples], [sample.reference for sample in samples]
     settings = GenerationSettings(max_new_tokens=context.recipe.ranking.max_new_tokens)
     words = context.recipe.ranking.words
     warn_of_wordless(count_wordless(references, words), len(references), words)

@@ -105,11 +105,21 @@ class DataSection(Section):
     """Tokens of prompt and response together; a longer prompt is cut from the left, the response is kept."""
     max_prompt_length: PositiveInt = 256
     """Tokens of the prompt at most."""
+    labels: Literal["last", "all"] = "last"
+    """What is learnt of a conversation: its last answer, or all of them. Ranking and evaluation judge the last one."""
+    template_kwargs: dict[str, Any] = {}
+    """Further variables of the chat template, such as `{enable_thinking: false}`. A row's own come first."""
+    special_tokens: Literal["text", "tokens"] = "text"
+    """What the text of a special token (`<|im_end|>`) is in the data: text like any other, or the token."""
     trust_remote_code: bool = False
     """Run loading code that comes with the data. Only for authors you trust."""
 
     @model_validator(mode="after")
     def _prompt_fits(self) -> DataSection:
+        if self.template_kwargs:
+            from pocl.data.templates import check_template_kwargs
+
+            check_template_kwargs(self.template_kwargs)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length must be below max_length = {self.max_length}, got {self.max_prompt_length}"
