@@ -17,6 +17,7 @@ from pocl.data.tokens import Tokens
 IGNORE_INDEX = -100
 _LONGEST_OPENING = 64  # characters; a longer one holds words of the data, and is not the same again
 _OPENINGS = 64
+_NEAR = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,10 @@ class Encoder:
         same = 0
         while same < min(len(own), len(ids)) and own[same] == ids[same]:
             same += 1
-        return same
+        # what follows may have changed the tokens before the border, and yet none reaches over it
+        near = range(same + 1, min(same + _NEAR, len(ids)) + 1)
+        shown = self._special.shown(before)
+        return next((n for n in near if self.tokenizer.decode(ids[:n]) == shown), same)
 
     # ------------------------------------------------------------------------------------------- the other templates
 

@@ -186,7 +186,7 @@ class ChatTemplate:
                 )
             except Exception as error:
                 if len(numbers) == 1:
-                    raise refusal(first, error) from error
+                    raise self._refusal(first, error) from error
                 made = [text for i in numbers for text in self.render([jobs[i]])]  # to name the sample
             for i, text in zip(numbers, made, strict=True):
                 texts[i] = text
@@ -207,8 +207,29 @@ class ChatTemplate:
                 **{**self.tokenizer.special_tokens_map, **job.kwargs},
             )
         except Exception as error:
-            raise refusal(job, error) from error
+            raise self._refusal(job, error) from error
         return texts[0], [(start, stop) for start, stop in marks[0] if stop > start]
+
+    def _refusal(self, job: Job, error: Exception) -> ValueError:
+        """What to say of a conversation that the template does not render."""
+        reason = str(error).strip() or type(error).__name__
+        said = type(error).__name__ == "TemplateError"  # `raise_exception` in the template
+        roles = [str(turn["role"]) for turn in job.turns]
+        other = ', or use template "alpaca" or "plain"'
+        if any(turn.get("tool_calls") for turn in job.turns):
+            other, advice = "", "change its tool calls to what the template allows, or leave the sample out"
+            if "tool_calls" not in self.source(job.tools):
+                advice = "the template writes no tool calls: use a model whose template does, or leave the sample out"
+        elif "system" in reason.lower() and "system" in roles:
+            advice = "put the text of its system turn into the first user turn, or leave the sample out"
+        elif "alternat" in reason.lower():
+            advice = "join neighbouring turns of one role, or leave the sample out"
+        else:
+            advice = "change the sample to what the template allows, or leave it out"
+        return ValueError(
+            f"the chat template {'refuses' if said else 'cannot render'} sample {job.sample_id} "
+            f"(roles {', '.join(roles)}): {reason if said else f'{type(error).__name__}: {reason}'}; {advice}{other}"
+        )
 
     @cached_property
     def scaffold(self) -> Scaffold:
@@ -249,24 +270,6 @@ class ChatTemplate:
         except Exception:  # a template may refuse whatever it likes
             return None
         return str(text)
-
-
-def refusal(job: Job, error: Exception) -> ValueError:
-    """What to say of a conversation that a template refuses."""
-    reason = str(error).strip() or type(error).__name__
-    said = type(error).__name__ == "TemplateError"  # `raise_exception` in the template
-    roles = [str(turn["role"]) for turn in job.turns]
-    if "system" in reason.lower() and "system" in roles:
-        advice = "put the text of its system turn into the first user turn, or leave the sample out"
-    elif "alternat" in reason.lower():
-        advice = "join neighbouring turns of one role, or leave the sample out"
-    else:
-        advice = "change the sample to what the template allows, or leave it out"
-    return ValueError(
-        f"the chat template {'refuses' if said else 'cannot render'} sample {job.sample_id} "
-        f"(roles {', '.join(roles)}): {reason if said else f'{type(error).__name__}: {reason}'}; {advice}, "
-        'or use template "alpaca" or "plain"'
-    )
 
 
 def _of_one_kind(jobs: Sequence[Job]) -> list[list[int]]:
