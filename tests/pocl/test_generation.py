@@ -18,6 +18,8 @@ from pocl.generation import (
     uniforms,
 )
 from pocl.generation.memory import available_bytes, cache_bytes_per_token
+from pocl.generation.slots import slots_agree
+from pocl.models import separates_packed_rows
 
 EOS = [1]
 
@@ -206,6 +208,43 @@ def test_families_without_slots_are_found_out_and_still_answer(
     answers = _generate(model, short, GenerationSettings(max_new_tokens=5))
     assert "does not run on the slot engine" in caplog.text
     assert answers == _one_by_one(model, short, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_of_16_bits_run_on_the_slot_engine_and_may_be_packed(
+    make_tiny_model: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    half = make_tiny_model(seed=3, num_layers=6).to(dtype)
+    assert resolve_backend(half, "auto") == "slots"
+    assert separates_packed_rows(half)
+    mixing = _random_model("MambaConfig", {**PLAIN, "num_hidden_layers": 2}).to(dtype)
+    assert resolve_backend(mixing, "auto") == "transformers"
+    assert not separates_packed_rows(mixing)
+
+
+@pytest.mark.parametrize(
+    ("error", "says_something"),
+    [
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), False),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("The size of tensor a (4) must match the size of tensor b (8)"), True),
+    ],
+)
+def test_a_device_that_fails_says_nothing_about_the_model(
+    make_tiny_model: Callable[..., Any], error: RuntimeError, says_something: bool
+) -> None:
+    model = make_tiny_model()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    for trial in (slots_agree, separates_packed_rows):
+        if says_something:
+            assert not trial(model)
+        else:
+            with pytest.raises(RuntimeError, match=str(error)):
+                trial(model)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory
