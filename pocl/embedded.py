@@ -102,6 +102,9 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     from torch import nn
     from transformers import AutoModelForCausalLM
 
+    from pocl.models import with_merged_adapters
+
+    model = with_merged_adapters(model)
     total = model.config.num_hidden_layers
     if not 1 <= num_layers <= total:
         raise ValueError(f"num_layers must lie in [1, {total}], the layers of the model to cut, got {num_layers}")

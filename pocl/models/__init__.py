@@ -9,6 +9,7 @@ says which models work.
 
 from pocl.models.head import head_of, project
 from pocl.models.hidden import backbone_of
+from pocl.models.loading import adapter_base, load_causal_lm, load_tokenizer, with_merged_adapters
 from pocl.models.verify import is_out_of_order, separates_packed_rows, tolerance_of, verify_head
 from pocl.models.view import LanguageModel, view_of
 from pocl.models.vocabulary import check_no_further_token, check_vocabularies, further_tokens
@@ -16,6 +17,7 @@ from pocl.models.wrappers import in_evaluation_mode, text_config, unwrapped
 
 __all__ = [
     "LanguageModel",
+    "adapter_base",
     "backbone_of",
     "check_no_further_token",
     "check_vocabularies",
@@ -23,6 +25,8 @@ __all__ = [
     "head_of",
     "in_evaluation_mode",
     "is_out_of_order",
+    "load_causal_lm",
+    "load_tokenizer",
     "project",
     "separates_packed_rows",
     "text_config",
@@ -30,4 +34,5 @@ __all__ = [
     "unwrapped",
     "verify_head",
     "view_of",
+    "with_merged_adapters",
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 # Padding a vocabulary to a multiple never adds more rows than this (multiples of 512 and less are in use).
 _MAX_VOCABULARY_PADDING = 512
+_ROWS_AT_A_TIME = 10_000
 
 
 def check_vocabularies(student: Any, teacher: Any) -> int:
@@ -73,15 +76,23 @@ def check_no_further_token(rows: Any, further: Mapping[int, str]) -> None:
     """
     if not further:
         return
-    for row in rows:
-        strange = further.keys() & set(row["input_ids"])
+    for chunk in rows.iter(_ROWS_AT_A_TIME) if hasattr(rows, "iter") else [_columns(rows)]:
+        used = np.unique(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in chunk["input_ids"]]))
+        strange = further.keys() & set(used.tolist())
         if strange:
             index = min(strange)
+            sample = next(
+                s for s, ids in zip(chunk["sample_id"], chunk["input_ids"], strict=True) if index in list(ids)
+            )
             raise ValueError(
-                f"sample {row['sample_id']} has the token {further[index]!r} (id {index}), which the teacher's "
+                f"sample {sample} has the token {further[index]!r} (id {index}), which the teacher's "
                 "tokenizer does not know: it has never seen it, and its distribution after it means nothing. Leave "
                 "such samples out, choose a template without this token, or a teacher that was trained with it"
             )
+
+
+def _columns(rows: Any) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in ("sample_id", "input_ids")}
 
 
 def _vocabulary(source: Any) -> Mapping[str, int]:

@@ -72,34 +72,34 @@ class Context:
         """The student's tokenizer (the teacher's where the student is cut from it); has a padding token."""
         return self._load("tokenizer", self._load_tokenizer)
 
-    def load_model(self, source: str, section: TeacherSection | StudentSection) -> Any:
+    def load_model(self, source: str, section: TeacherSection | StudentSection, *, trained: bool = False) -> Any:
         """A causal language model with the options of its section of the recipe, in eval mode, on the device."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
+        from pocl.models import load_causal_lm
+
         with naming_folder(source):
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load_causal_lm(
                 source,
+                trained=trained,
                 dtype=getattr(torch, section.dtype),
+                revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
-                use_safetensors=True,  # no pickled weights, whoever uploaded them
-                **options,
             )
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load_student(self, source: str) -> Any:
-        return self.load_model(source, self.recipe.student)
+    def load_student(self, source: str, *, trained: bool = False) -> Any:
+        """The student of a folder; where it is a PEFT adapter, merged unless it is to be trained."""
+        return self.load_model(source, self.recipe.student, trained=trained)
 
     def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from pocl.models import load_tokenizer
 
         student = self.recipe.student
         source = student.model or self.teacher_source()
         section: TeacherSection | StudentSection = student if student.model else self.recipe.teacher
-        options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
         with naming_folder(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+            tokenizer = load_tokenizer(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -205,4 +205,10 @@ def source_fingerprint(source: str, revision: str | None = None) -> str:
     if source == EMBEDDED:
         return " ".join(f"{wheel} {version}" for wheel, version in embedded_versions().items())
     path = Path(source)
-    return content_fingerprint(path) if path.exists() else f"{source}@{revision or 'main'}"
+    if not path.exists():
+        return f"{source}@{revision or 'main'}"
+    if not (path / "adapter_config.json").exists():
+        return content_fingerprint(path)
+    from pocl.models import adapter_base
+
+    return f"{content_fingerprint(path)} on {source_fingerprint(str(adapter_base(path)))}"

@@ -59,6 +59,8 @@ def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
 def _configuration(section: TeacherSection | StudentSection) -> Any:
     from transformers import AutoConfig
 
+    from pocl.models import adapter_base
+
     source = section.model
     if source == EMBEDDED:
 
@@ -66,6 +68,7 @@ def _configuration(section: TeacherSection | StudentSection) -> Any:
             raise LookupError(text)
 
         source = str(teacher_folder(on_convert=not_now))
+    source = adapter_base(str(source)) or source
     return AutoConfig.from_pretrained(
         source, revision=section.revision, trust_remote_code=section.trust_remote_code, local_files_only=True
     )

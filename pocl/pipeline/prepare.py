@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def prepare_models(context: Context) -> Mapping[str, Any]:
     """Find the teacher, cut the student if there is none, and make sure that they speak the same tokens."""
-    from pocl.heads import check_vocabularies
+    from pocl.models import check_vocabularies, view_of
 
     tokenizer = context.tokenizer()  # first, for it is small: a student that is not there is told at once
     teacher = context.teacher()
@@ -34,15 +34,24 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
     else:
         student = context.load_student(context.student_source())
         check_vocabularies(tokenizer, teacher_tokenizer(context))
-    of_student, of_teacher = (model.config.get_text_config() for model in (student, teacher))
-    rows = check_vocabularies(of_student.vocab_size, of_teacher.vocab_size)
-    if (largest := max(tokenizer.get_vocab().values())) >= rows:
-        raise ValueError(
-            f"tokenizer: it has token ids up to {largest}, the models embed {rows}; take the tokenizer that the models "
-            "were trained with, or resize their embeddings"
+    of_student, of_teacher = view_of(student), view_of(teacher)
+    check_vocabularies(of_student.head().vocab_size, of_teacher.head().vocab_size)
+    further = tokens_of_student_alone(context)
+    shared = max(index for index in tokenizer.get_vocab().values() if index not in further)
+    largest = max([shared, *further])
+    if shared >= of_teacher.vocabulary or largest >= of_student.vocabulary:
+        role, view, index = (
+            ("student", of_student, largest) if largest >= of_student.vocabulary else ("teacher", of_teacher, shared)
         )
+        raise ValueError(
+            f"tokenizer: it has token ids up to {index}, the {role} embeds {view.vocabulary}; take the tokenizer that "
+            "the models were trained with, or resize their embeddings"
+        )
+    if further:
+        shown = ", ".join(map(repr, list(further.values())[:3]))
+        context.say(f"The student has {len(further)} tokens that the teacher lacks ({shown}); no sample may use them.")
     sizes = {"teacher": num_parameters(teacher), "student": num_parameters(student)}
-    layers = f"{of_student.num_hidden_layers} of {of_teacher.num_hidden_layers} layers"
+    layers = f"{of_student.num_layers} of {of_teacher.num_layers} layers"
     return {
         "parameters": sizes,
         "teacher_source": context.teacher_source(),
@@ -53,12 +62,20 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
 
 def teacher_tokenizer(context: Context) -> Any:
     """The tokenizer that the teacher's weights were trained with, of the same revision."""
-    from transformers import AutoTokenizer
+    from pocl.models import load_tokenizer
 
     source, section = context.teacher_source(), context.recipe.teacher
-    options: dict[str, Any] = {} if Path(source).is_dir() else {"revision": section.revision}
     with naming_folder(source):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=section.trust_remote_code, **options)
+        return load_tokenizer(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def tokens_of_student_alone(context: Context) -> dict[int, str]:
+    """By id; none where the student is cut from the teacher."""
+    from pocl.models import further_tokens
+
+    if context.recipe.student.cut:
+        return {}
+    return further_tokens(context.tokenizer(), teacher_tokenizer(context))
 
 
 def num_parameters(model: Any) -> int:
@@ -71,13 +88,17 @@ def millions(count: int) -> str:
 
 def prepare_data(context: Context) -> Mapping[str, Any]:
     """Read, split and check the examples; those without a prompt or a response are dropped and counted."""
+    from pocl.models import check_no_further_token
+
     counts: dict[str, int] = {}
     reports: dict[str, str] = {}
     source = read_source(context.recipe)
+    further = tokens_of_student_alone(context)
     for split, examples in split_examples(context.recipe, source, say=context.say).items():
         kept = examples
         if len(examples):
             rows, report = context.tokenize(examples)
+            check_no_further_token(rows, further)
             ids = set(rows["sample_id"])
             kept = examples.select([i for i, number in enumerate(examples["id"]) if number in ids])
             reports[split] = str(report)

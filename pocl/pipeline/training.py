@@ -161,7 +161,7 @@ def warm_up(context: Context) -> Mapping[str, Any]:
     trainer = _trainer(
         context,
         folder,
-        model=context.load_student(context.student_source()),
+        model=context.load_student(context.student_source(), trained=True),
         rows=rows,
         subsets=[0] * len(rows),
         curriculum=Curriculum((stage,), WARM_UP, start="last"),
@@ -268,7 +268,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
     trainer = _trainer(
         context,
         folder,
-        model=context.load_student(context.warm_student_source()),
+        model=context.load_student(context.warm_student_source(), trained=True),
         rows=rows,
         subsets=subsets,
         curriculum=curriculum,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pocl import heads
+from pocl.models import check_no_further_token, further_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -163,6 +164,19 @@ def test_vocabularies_may_differ_by_padding_only() -> None:
     assert heads.check_vocabularies({"a": 0, "b": 1}, {"a": 0, "b": 1}) == 2
     with pytest.raises(ValueError, match="'b': 1 and 2"):
         heads.check_vocabularies({"a": 0, "b": 1, "c": 2}, {"a": 0, "b": 2, "c": 1})
+
+
+def test_the_student_may_have_tokens_that_mean_nothing_to_the_teacher() -> None:
+    teacher = {"a": 0, "b": 1}
+    assert heads.check_vocabularies({**teacher, "new": 2}, teacher) == 2
+    assert further_tokens({**teacher, "new": 2}, teacher) == {2: "new"}
+    with pytest.raises(ValueError, match="'new': 1 and None"):  # an id that is another token there
+        heads.check_vocabularies({"a": 0, "new": 1}, teacher)
+    with pytest.raises(ValueError, match="could never learn to say them"):
+        heads.check_vocabularies(teacher, {**teacher, "new": 2})
+    check_no_further_token([{"sample_id": 4, "input_ids": [0, 1]}], {2: "new"})
+    with pytest.raises(ValueError, match=r"sample 4 has the token 'new' \(id 2\)"):
+        check_no_further_token([{"sample_id": 4, "input_ids": [0, 2]}], {2: "new"})
 
 
 def test_an_encoder_decoder_and_a_headless_model_are_refused() -> None:
