@@ -111,11 +111,15 @@ def with_merged_adapters(model: Any) -> Any:
         return model
     check_adapters(wrapper)
     try:
-        return copy.deepcopy(wrapper).merge_and_unload(safe_merge=True)
+        return _merged(copy.deepcopy(wrapper))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         raise ValueError(
-            f"model: PEFT cannot merge its adapter into the weights ({error}); merge it yourself"
+            f"model: PEFT cannot merge its adapter into the weights ({error}); use an adapter that it can merge"
         ) from error
+
+
+def _merged(wrapper: Any) -> Any:
+    return wrapper.merge_and_unload(safe_merge=True).requires_grad_(True)  # as of any model that was loaded
 
 
 def _base_of(source: str | Path, settings: dict[str, Any]) -> str:
@@ -155,9 +159,9 @@ def _with_adapter(model: nn.Module, source: str | Path, trained: bool, revision:
     if trained:
         return adapted
     try:
-        return adapted.merge_and_unload(safe_merge=True)
+        return _merged(adapted)
     except (AttributeError, NotImplementedError, RuntimeError):  # a kind that PEFT cannot merge runs as it is
-        return adapted.requires_grad_(False)
+        return adapted
 
 
 def _make_room(model: Any, source: str | Path) -> None:
