@@ -207,6 +207,17 @@ class Curriculum:
         base = cls.baby_step(num_stages, *args, **kwargs)  # type: ignore[arg-type]
         return replace(base, name="shuffled", shuffle_seed=seed)
 
+    @classmethod
+    def whole(cls, num_stages: int = 4, *args: object, **kwargs: object) -> Curriculum:
+        """All samples in every stage, for as many steps as `baby_step` makes: schedules and restarts without an order.
+
+        Stages that count epochs make `epochs` passes over all samples; give `max_steps` for equal steps.
+        """
+        base = cls.baby_step(num_stages, *args, **kwargs)  # type: ignore[arg-type]
+        return replace(
+            base, name="whole", stages=tuple(replace(s, subsets=tuple(range(num_stages))) for s in base.stages)
+        )
+
     @property
     def num_subsets(self) -> int:
         return 1 + max(subset for stage in self.stages for subset in stage.subsets)

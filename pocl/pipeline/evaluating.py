@@ -65,13 +65,15 @@ def score_models(
                 generation=settings,
                 seeds=section.seeds if sampled else (),
                 words=section.words,
+                progress=not context.console.quiet,
                 **context.text_options(),
             )
             record = dataclasses.asdict(result)
             if is_teacher:
                 record["kl_to_teacher"] = 0.0
             write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        metrics[key] = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "responses"}
+        record = json.loads(file.read_text(encoding="utf-8"))
+        metrics[key] = {name: value for name, value in record.items() if name not in ("responses", "of_each")}
     return metrics
 
 

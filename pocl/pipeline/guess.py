@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from pocl.embedded import EMBEDDED, teacher_folder
+from pocl.embedded import EMBEDDED, evenly_spaced, shortened, teacher_folder
+from pocl.pipeline.made import folder_of
 from pocl.recipe import Recipe
 from pocl.recipe.sections import StudentSection, TeacherSection
 
@@ -48,8 +48,12 @@ def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
         section = recipe.student
     with contextlib.suppress(Exception):  # a plan is possible without, whatever a configuration holds
         config = _configuration(section)
-        if student and recipe.student.cut:
-            config = _shortened(config, recipe.student.cut)
+        if student and recipe.student.from_teacher:
+            total, dropped = config.num_hidden_layers, recipe.student.drop or ()
+            cut = recipe.student.cut
+            config = shortened(
+                config, evenly_spaced(total, cut) if cut else [i for i in range(total) if i not in dropped]
+            )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
         return sum(parameter.numel() for parameter in model.parameters())
@@ -61,7 +65,7 @@ def _configuration(section: TeacherSection | StudentSection) -> Any:
 
     from pocl.models import adapter_base
 
-    source = section.model
+    source = str(folder_of(section.model or "") or section.model)
     if source == EMBEDDED:
 
         def not_now(text: str) -> None:
@@ -72,14 +76,6 @@ def _configuration(section: TeacherSection | StudentSection) -> Any:
     return AutoConfig.from_pretrained(
         source, revision=section.revision, trust_remote_code=section.trust_remote_code, local_files_only=True
     )
-
-
-def _shortened(config: Any, layers: int) -> Any:
-    config = copy.deepcopy(config)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    config.num_hidden_layers = layers
-    return config
 
 
 def flops_per_second(recipe: Recipe, size: int | None = None) -> float:

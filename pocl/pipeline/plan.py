@@ -8,14 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pocl.pipeline.curricula import curriculum_of, teacher_passes
 from pocl.pipeline.steps import build_steps
-from pocl.pipeline.training import (
-    curriculum_of,
-    divergence_parameters,
-    plans_cache,
-    scales_by_temperature,
-    teacher_passes,
-)
+from pocl.pipeline.training import divergence_parameters, plans_cache, scales_by_temperature
 from pocl.recipe import Recipe
 
 
@@ -57,12 +52,12 @@ def plan(recipe: Recipe) -> Plan:
         unread = "they are not on this machine, and a plan fetches nothing"
     except Exception as error:  # whatever a file or a loader may raise: a plan is possible without
         unread = f"{type(error).__name__}: {error}"
-    curriculum = curriculum_of(recipe)
+    count = recipe.training.draw or count
     parts = recipe.curriculum.num_stages
     training = recipe.training
     subsets = None if count is None else [min(i // max(1, count // parts), parts - 1) for i in range(count)]
     batch_size = training.batch_size * training.gradient_accumulation_steps
-    stages = curriculum.table(subsets, batch_size, seconds_per_step=seconds)
+    stages = curriculum_of(recipe, subsets, batch_size).table(subsets, batch_size, seconds_per_step=seconds)
     for number, row in enumerate(stages):  # columns that fit a terminal, and a guess that looks like one
         row |= {"time": f"~{row['time']}"} if "time" in row else {}
         stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}

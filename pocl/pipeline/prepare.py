@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocl.embedded import EMBEDDED, cut_layers, question_answer_pairs
+from pocl.embedded import cut_layers, drop_layers, embedded_rows
 from pocl.pipeline.context import SPLITS, Context, naming_folder, whole_file, write_parquet
 from pocl.recipe import Recipe
 from pocl.split import hold_out
@@ -23,12 +23,14 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
     from pocl.models import check_vocabularies, view_of
 
     tokenizer = context.tokenizer()  # first, for it is small: a student that is not there is told at once
-    teacher = context.teacher()
     recipe = context.recipe
-    if recipe.student.cut:
+    teacher = context.load_model(context.base_teacher_source(), recipe.teacher)
+    if recipe.student.from_teacher:
         import torch
 
-        student = cut_layers(teacher, recipe.student.cut).to(getattr(torch, recipe.student.dtype))
+        section = recipe.student
+        made = cut_layers(teacher, section.cut) if section.cut else drop_layers(teacher, section.drop or ())
+        student = made.to(getattr(torch, section.dtype))
         student.save_pretrained(context.path / "student-initial")
         tokenizer.save_pretrained(context.path / "student-initial")
     else:
@@ -54,9 +56,9 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
     layers = f"{of_student.num_layers} of {of_teacher.num_layers} layers"
     return {
         "parameters": sizes,
-        "teacher_source": context.teacher_source(),
+        "teacher_source": context.base_teacher_source(),
         "note": f"Teacher {millions(sizes['teacher'])}, student {millions(sizes['student'])} parameters"
-        + (f" ({layers})." if recipe.student.cut else "."),
+        + (f" ({layers})." if recipe.student.from_teacher else "."),
     }
 
 
@@ -64,7 +66,7 @@ def teacher_tokenizer(context: Context) -> Any:
     """The tokenizer that the teacher's weights were trained with, of the same revision."""
     from pocl.models import load_tokenizer
 
-    source, section = context.teacher_source(), context.recipe.teacher
+    source, section = context.base_teacher_source(), context.recipe.teacher
     with naming_folder(source):
         return load_tokenizer(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
 
@@ -73,7 +75,7 @@ def tokens_of_student_alone(context: Context) -> dict[int, str]:
     """By id; none where the student is cut from the teacher."""
     from pocl.models import further_tokens
 
-    if context.recipe.student.cut:
+    if context.recipe.student.from_teacher:
         return {}
     return further_tokens(context.tokenizer(), teacher_tokenizer(context))
 
@@ -183,7 +185,8 @@ def split_examples(
 def _open(source: str, split: str, trust_remote_code: bool) -> Rows:
     from pocl.data.sources import open_rows
 
-    data: Any = question_answer_pairs() if source == EMBEDDED else source
+    own = embedded_rows(source)
+    data: Any = source if own is None else own
     # A single file has one split, and `datasets` calls it train.
     split = "train" if Path(source).is_file() else split
     return open_rows(data, split, trust_remote_code=trust_remote_code)
@@ -194,7 +197,7 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     import torch
     from datasets import concatenate_datasets
 
-    from pocl.pipeline.training import teacher_passes
+    from pocl.pipeline.curricula import teacher_passes
     from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
 
     section = context.recipe.teacher_cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.engine import Step, fingerprints, run_steps
+from pocl.pipeline.made import make_models
 from pocl.pipeline.steps import CACHE, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder, RunFolderError, differences
@@ -51,6 +52,8 @@ def run(
     from pocl.difficulty.processes import Processes
 
     path = Path(recipe.output)
+    console = console or Console()
+    make_models(recipe, console.print)
     with Processes.current(devices=True) as processes, contextlib.ExitStack() as held:
         # one process reads the weights, where they have to be read at all
         steps = build_steps(recipe, content=lambda *what: processes.first(partial(source_fingerprint, *what)))
@@ -61,7 +64,7 @@ def run(
         processes.first(lambda: held.enter_context(only_user(path)))
         folder = RunFolder(path, change=change)
         processes.first(lambda: folder.claim(recipe.model_dump(mode="json")))
-        context = Context(recipe, path, (console or Console()) if processes.rank == 0 else Console(quiet=True))
+        context = Context(recipe, path, console if processes.rank == 0 else Console(quiet=True))
         if only:
             processes.first(lambda: check_done(steps, until, folder))
         run_steps(needed_for(steps, until), context, folder, context.console, processes)

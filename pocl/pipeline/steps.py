@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pocl.pipeline.context import source_fingerprint
+from pocl.pipeline.curricula import curriculum_of
 from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
-from pocl.pipeline.training import curriculum_of, plans_cache, rank_samples, train_curriculum, warm_up
+from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, train_curriculum, warm_up
 from pocl.recipe import Recipe
 
-MODELS, DATA, CACHE, WARMUP, RANKING = "models", "data", "teacher-cache", "warm-up", "ranking"
+MODELS, DATA, ADAPTATION, CACHE, WARMUP, RANKING = "models", "data", "adaptation", "teacher-cache", "warm-up", "ranking"
 TRAINING, EVALUATION, REPORT = "training", "evaluation", "report"
 
 
@@ -33,7 +35,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             MODELS,
             "Get the teacher, and the student that will learn from it.",
             prepare_models,
-            outputs=["student-initial"] if recipe.student.cut else [],
+            outputs=["student-initial"] if recipe.student.from_teacher else [],
             settings={
                 **_part(values, "teacher", "student"),
                 "teacher_content": content(recipe.teacher.model, recipe.teacher.revision),
@@ -59,6 +61,19 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             },
         ),
     ]
+    if recipe.teacher.adapt_epochs:
+        steps.append(
+            Step(
+                ADAPTATION,
+                "The teacher learns the data first, as in the paper.",
+                adapt_teacher,
+                shared=True,
+                outputs=["adapted-teacher"],
+                needs=[MODELS, DATA],
+                settings={"training": in_all_stages(values), **seed},
+            )
+        )
+        before.append(ADAPTATION)
     if plans_cache(recipe):
         steps.append(
             Step(
@@ -67,7 +82,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 cache_teacher,
                 shared=True,
                 outputs=["teacher-cache"],
-                needs=[MODELS, DATA],
+                needs=list(before),
                 settings=_part(values, "teacher_cache"),
             )
         )
@@ -81,7 +96,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 shared=True,
                 outputs=["warmup"],
                 needs=list(before),
-                settings={**_part(values, "warmup", "training"), **seed},
+                settings={**_part(values, "warmup"), "training": in_all_stages(values), **seed},
             )
         )
         before.append(WARMUP)
@@ -95,9 +110,9 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             rank_samples,
             shared=True,
             outputs=["ranking"],
-            needs=[name for name in before if name != CACHE and not (teacherless and name == MODELS)],
+            needs=[name for name in before if name != CACHE and not (teacherless and name in (MODELS, ADAPTATION))],
             settings={
-                **_part(values, "ranking"),
+                "ranking": {key: value for key, value in values["ranking"].items() if key != "refresh"},
                 "num_stages": recipe.curriculum.num_stages,
                 "student": {**_part(values, "student"), "content": student_content} if own else None,
             },
@@ -109,7 +124,11 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             shared=True,
             outputs=["training", "student"],
             needs=[*before, RANKING],
-            settings={**_part(values, "curriculum", "loss", "on_policy", "training"), **seed},
+            settings={
+                **_part(values, "curriculum", "loss", "on_policy", "training"),
+                "refresh": recipe.ranking.refresh,
+                **seed,
+            },
         ),
     ]
     if recipe.data.num_test:
@@ -126,6 +145,11 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
     after = [step.name for step in steps]
     steps.append(Step(REPORT, "Tables and pictures of the run.", write_report, outputs=["report"], needs=after))
     return steps
+
+
+def in_all_stages(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of training that hold outside the stages, too."""
+    return {key: value for key, value in values["training"].items() if key not in ("seed", "draw", "metric")}
 
 
 def _part(values: dict[str, object], *sections: str) -> dict[str, object]:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from pocl.curriculum import Curriculum, Ramp, Stage, per_stage
+from pocl.curriculum import Curriculum, Stage
 from pocl.data.tables import arrow_column, arrow_table
 from pocl.pipeline.context import Context, in_memory, read_parquet, write_parquet
+from pocl.pipeline.curricula import batch_size_of, curriculum_of, teacher_passes
+from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
 from pocl.recipe import Recipe
 from pocl.run_folder import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import NDArray
 
     from pocl.difficulty import Criterion
     from pocl.teacher import Teacher
     from pocl_kernels import Divergence
 
 
-WARM_UP = "warm-up"
+WARM_UP, ADAPTATION = "warm-up", "adaptation"  # a single stage, without validation
 # What a ranking may add to the columns of the data, besides the rank under each criterion, `rank_<column>`.
 RANKING_COLUMNS = frozenset(
     {
@@ -43,67 +43,6 @@ RANKING_COLUMNS = frozenset(
     }
 )
 SCALED_BY_AUTHORS = frozenset({"fkl", "jsd", "skew_rkl"})  # by T^2, in the code of the paper's authors
-
-
-def curriculum_of(recipe: Recipe) -> Curriculum:
-    """The curriculum that a recipe asks for."""
-    section = recipe.curriculum
-    if section.kind == "constant":
-        # as many passes as the stages make together: stage i of n holds i / n of the samples
-        passes = max(1, round(section.epochs[0] * (section.num_stages + 1) / 2))
-        return Curriculum.constant(
-            section.temperature[0],
-            section.kd_ratio[0],
-            passes,
-            num_subsets=section.num_stages,
-            skew=section.skew[0] if is_skewed(recipe) else None,
-            learning_rate=section.learning_rate[0],
-            max_steps=section.max_steps[0] if section.max_steps else None,
-            patience=section.patience,
-        )
-    count = section.num_stages
-    options: dict[str, Any] = {
-        name: _spread(recipe, name)
-        for name in ("temperature", "kd_ratio", "learning_rate", *(["skew"] if is_skewed(recipe) else []))
-    }
-    options["epochs"] = section.epochs if len(section.epochs) > 1 else section.epochs[0]
-    if section.max_steps:
-        options["max_steps"] = section.max_steps if len(section.max_steps) > 1 else section.max_steps[0]
-    for name in ("patience", "start", "optimizer", "schedule"):
-        options[name] = getattr(section, name)
-    if section.kind == "shuffled":
-        options["seed"] = recipe.seed
-    made: Curriculum = getattr(Curriculum, section.kind)(count, **options)
-    return made
-
-
-def _spread(recipe: Recipe, name: str) -> tuple[float, ...]:
-    """A schedule of the recipe, one number a stage."""
-    section = recipe.curriculum
-    values: tuple[float, ...] = getattr(section, name)
-    if len(values) == 2 and section.num_stages != 2:
-        return per_stage(name, Ramp(*values, section.spacing), section.num_stages)
-    return per_stage(name, values[0] if len(values) == 1 else values, section.num_stages)
-
-
-def is_skewed(recipe: Recipe) -> bool:
-    """Whether the divergence takes the skew of the stages."""
-    return recipe.loss.divergence in ("skew_fkl", "skew_rkl")
-
-
-def teacher_passes(recipe: Recipe, num_samples: int | None = None) -> float:
-    """How many times warm-up and stages send the average sample through an online teacher.
-
-    Stages that count steps need the number of samples; without it, and without `data.num_train`, it is infinite.
-    """
-    curriculum = curriculum_of(recipe)
-    if recipe.curriculum.max_steps is None:
-        # subsets are of equal size but for a remainder, which does not matter here
-        return recipe.warmup.epochs + curriculum.passes(range(recipe.curriculum.num_stages))
-    count = num_samples or recipe.data.num_train
-    steps = sum(stage.max_steps or 0 for stage in curriculum.stages)
-    rows = steps * recipe.training.batch_size * recipe.training.gradient_accumulation_steps
-    return recipe.warmup.epochs + (rows / count if count else math.inf)
 
 
 def plans_cache(recipe: Recipe) -> bool:
@@ -187,26 +126,12 @@ def criteria_of(recipe: Recipe) -> list[Criterion]:
 
 def rank_samples(context: Context) -> Mapping[str, Any]:
     """Score every training sample with the student as it is, rank, and cut the ranking into parts."""
-    from pocl.difficulty import rank, score
-    from pocl.generation import GenerationSettings
+    from pocl.difficulty import rank
 
     section = context.recipe.ranking
     examples = context.examples("train")
-    settings = GenerationSettings(
-        max_new_tokens=section.max_new_tokens, no_repeat_ngram_size=section.no_repeat_ngram_size
-    )
     student = context.load_student(context.warm_student_source())
-    scores = score(
-        student,
-        context.tokenizer(),
-        examples,
-        output_dir=context.path / "ranking",
-        answers=section.needs_answers,
-        words=section.words,
-        generation=settings if section.needs_answers else None,
-        teacher=context.teacher() if section.needs_teacher else None,
-        **context.text_options(),
-    )
+    scores = score_samples(context, student, examples, context.path / "ranking")
     num_stages = context.recipe.curriculum.num_stages
     criteria = criteria_of(context.recipe)
     ranked = rank(scores, k=section.k, num_subsets=num_stages, criteria=criteria, partition=section.partition)
@@ -233,6 +158,29 @@ def _beside_source(context: Context, examples: Dataset, ranked: Dataset) -> Data
     return concatenate_datasets([source, ranked], axis=1)
 
 
+def score_samples(context: Context, student: Any, examples: Dataset, folder: Path) -> Dataset:
+    """What the recipe ranks by, measured with a student; kept in a folder, and found there again."""
+    from pocl.difficulty import score
+    from pocl.generation import GenerationSettings
+
+    section = context.recipe.ranking
+    settings = GenerationSettings(
+        max_new_tokens=section.max_new_tokens, no_repeat_ngram_size=section.no_repeat_ngram_size
+    )
+    return score(
+        student,
+        context.tokenizer(),
+        examples,
+        output_dir=folder,
+        answers=section.needs_answers,
+        words=section.words,
+        generation=settings if section.needs_answers else None,
+        teacher=context.teacher() if section.needs_teacher else None,
+        progress=not context.console.quiet,
+        **context.text_options(),
+    )
+
+
 def names_beside_ranking(columns: Sequence[str]) -> dict[str, str]:
     """What the columns of the data are called in the ranked table: `source_rank` where the ranking has a `rank`."""
     names: dict[str, str] = {}
@@ -249,21 +197,12 @@ def _mean(ranked: Dataset, part: int) -> float:
     return float(values[subsets == part].mean())
 
 
-def _subsets(ranked: Dataset, sample_ids: NDArray[np.int64]) -> list[int]:
-    """The subset of each of some samples."""
-    ids, subsets = (arrow_column(ranked, name).to_numpy() for name in ("sample_id", "subset"))
-    order = np.argsort(ids)
-    found: list[int] = subsets[order[np.searchsorted(ids, sample_ids, sorter=order)]].tolist()
-    return found
-
-
 def train_curriculum(context: Context) -> Mapping[str, Any]:
     """Train the student through the stages and save it with its tokenizer."""
     recipe = context.recipe
-    rows = context.rows("train")
-    ranked = read_parquet(context.path / "ranking" / "ranked.parquet", columns=["sample_id", "subset"])
-    subsets = _subsets(ranked, arrow_column(rows, "sample_id").to_numpy())
-    curriculum = curriculum_of(recipe)
+    rows = drawn_rows(context)
+    subsets = stored_subsets(context, rows)
+    curriculum = curriculum_of(recipe, subsets, batch_size_of(recipe))
     folder = context.path / "training"
     trainer = _trainer(
         context,
@@ -272,6 +211,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
         rows=rows,
         subsets=subsets,
         curriculum=curriculum,
+        rerank=reranker(context, rows) if recipe.ranking.refresh == "stage" else None,
         divergence=divergence_of(recipe),
         scale_by_temperature=scales_by_temperature(recipe, recipe.loss.divergence),
         on_policy=recipe.on_policy.share,
@@ -284,6 +224,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
     _remove_stages(folder)
     return {
         "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
+        "stage_steps": list(curriculum.stage_steps(subsets, batch_size_of(recipe))),
         "note": f"Student saved in {context.path / 'student'}",
     }
 
@@ -297,14 +238,20 @@ def _trainer(
     subsets: Sequence[int],
     curriculum: Curriculum,
     divergence: str | Divergence,
+    rerank: Callable[[int, Any], Sequence[int]] | None = None,
     **options: Any,
 ) -> Any:
     """A trainer with the recipe's settings; `options` are further ones of `POCLConfig`."""
+    from transformers import PrinterCallback
+
+    from pocl.pipeline.validation import validation_metrics
     from pocl.trainer import POCLConfig, POCLTrainer
 
     recipe = context.recipe
     training = recipe.training
-    evaluates = len(context.examples("validation")) > 0 and curriculum.name != WARM_UP
+    in_stages = curriculum.name not in (WARM_UP, ADAPTATION)
+    evaluates = len(context.examples("validation")) > 0 and in_stages
+    quiet = context.console.quiet
     config = POCLConfig(
         output_dir=str(folder),
         per_device_train_batch_size=training.batch_size,
@@ -325,15 +272,17 @@ def _trainer(
         load_best_model_at_end=evaluates and curriculum.start == "best",
         metric_for_best_model=training.metric if evaluates else None,
         greater_is_better=training.metric == "rouge_l" if evaluates else None,
-        seed=recipe.seed,
-        disable_tqdm=False,  # transformers would derive it from its log level
+        seed=training_seed(recipe) if in_stages else recipe.seed,
+        disable_tqdm=quiet,  # transformers would derive it from its log level
         **_checkpointing(training.activation_checkpointing),
         **options,
     )
-    measures_answers = evaluates and training.metric == "rouge_l"
-    return POCLTrainer(
+    labels_alone = all(stage.kd_ratio == 0 for stage in curriculum.stages)
+    on_policy = options.get("on_policy", 0) > 0
+    teacher = None if labels_alone else teacher_for_training(context, on_policy=on_policy)
+    trainer = POCLTrainer(
         model,
-        teacher_for_training(context, on_policy=options.get("on_policy", 0) > 0),
+        teacher,
         config,
         rows,
         subsets,
@@ -341,8 +290,12 @@ def _trainer(
         eval_dataset=context.rows("validation") if evaluates else None,
         processing_class=context.tokenizer(),
         divergence=divergence,
-        compute_generation_metrics=_answer_metric(context) if measures_answers else None,
+        compute_generation_metrics=validation_metrics(context) if evaluates else None,
+        rerank=rerank,
     )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -353,27 +306,25 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {new if new in TrainingArguments.__dataclass_fields__ else old: True} if wanted else {}
 
 
-def _answer_metric(context: Context) -> Any:
-    """ROUGE-L of a student's greedy answers to the validation prompts."""
-    from pocl.difficulty.samples import SampleReader
-    from pocl.generation import GenerationSettings, end_tokens, generate
-    from pocl.rouge import count_wordless, pair_scores, warn_of_wordless
-
-    examples, tokenizer = context.examples("validation"), context.tokenizer()
-    samples = SampleReader(tokenizer, examples.column_names, **context.text_options())(examples)
-    prompts, references = [sample.prompt for sample in samples], [sample.reference for sample in samples]
-    settings = GenerationSettings(max_new_tokens=context.recipe.ranking.max_new_tokens)
-    words = context.recipe.ranking.words
-    warn_of_wordless(count_wordless(references, words), len(references), words)
-
-    def measure(model: Any) -> dict[str, float]:
-        ends = end_tokens(model, tokenizer)
-        answers = generate(model, prompts, settings, eos_token_ids=ends, progress=False)
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        scores = pair_scores(texts, references, stem=True, words=words)
-        return {"rouge_l": sum(scores) / len(scores)}
-
-    return measure
+def adapt_teacher(context: Context) -> Mapping[str, Any]:
+    """Fine-tune the teacher on the reference responses of the training samples."""
+    section = context.recipe.teacher
+    stage = Stage(0, (0,), section.adapt_epochs, 1.0, 0.0, None, section.adapt_learning_rate)
+    rows = context.rows("train")
+    folder = context.path / "adapted-teacher"
+    trainer = _trainer(
+        context,
+        folder,
+        model=context.load_model(context.base_teacher_source(), section),
+        rows=rows,
+        subsets=[0] * len(rows),
+        curriculum=Curriculum((stage,), ADAPTATION, start="last"),
+        divergence="fkl",
+    )
+    trainer.train()
+    _save(trainer, folder / "teacher")
+    _remove_stages(folder)
+    return {"steps": trainer.state.global_step, "note": _loss_note(folder, "cross_entropy", "Cross-entropy")}
 
 
 def _save(trainer: Any, folder: Path, *, title: str | None = None) -> None:
@@ -399,10 +350,10 @@ def _remove_stages(folder: Path) -> None:
         shutil.rmtree(stage, ignore_errors=True)  # every process comes here
 
 
-def _loss_note(folder: Path) -> str:
+def _loss_note(folder: Path, key: str = "divergence", title: str = "Divergence from the teacher") -> str:
     from pocl.report.run import read_log
 
-    values = [line["divergence"] for line in read_log(folder / "log.jsonl") if "divergence" in line]
+    values = [line[key] for line in read_log(folder / "log.jsonl") if key in line]
     count = max(1, len(values) // 20)
     first, last = sum(values[:count]) / count, sum(values[-count:]) / count
-    return f"Divergence from the teacher {first:.2f} -> {last:.2f} nats per token."
+    return f"{title} {first:.2f} -> {last:.2f} nats per token."

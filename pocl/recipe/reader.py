@@ -78,8 +78,8 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, or
         if isinstance(current, str) and section in SHORTHAND:
             current = {SHORTHAND[section]: current}
         merged[section] = {**(current or {}), leaf: value}
-        if section == "student" and value is not None and leaf in ("model", "cut"):  # they exclude each other
-            merged[section]["cut" if leaf == "model" else "model"] = None
+        if section == "student" and value is not None and leaf in (sources := ("model", "cut", "drop")):
+            merged[section] |= {other: None for other in sources if other != leaf}  # they exclude each other
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:

@@ -6,6 +6,7 @@ Defaults are the paper's GPT-2 run (arXiv 2506.05695) wherever it says something
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,10 @@ class TeacherSection(Section):
 
     model: str = "embedded"
     """Hub id, folder, or `embedded` for SmolLM2-135M-Instruct from the Python registry."""
+    adapt_epochs: NonNegativeInt = 0
+    """Passes over the training samples that fine-tune the teacher on the references first, as the paper does."""
+    adapt_learning_rate: PositiveFloat = 3e-5
+    """Peak of the teacher's learning rate, cosine to 0."""
     dtype: Dtype = "float32"
     """Number format of the weights in memory."""
     revision: str | None = None
@@ -57,13 +62,39 @@ class TeacherSection(Section):
     """Run model code that comes with the weights. Only for authors you trust."""
 
 
+def _as_layers(value: Any) -> Any:
+    """`10-19,25`, a number or a list of both, as the numbers they stand for, ascending."""
+    if value is None or isinstance(value, bool):
+        return value
+    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    found: list[int] = []
+    for part in map(str, parts):
+        limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(limits[1]), int(limits[2] or limits[1])) if limits else (0, -1)
+        if last < first:
+            raise ValueError(
+                f"{part!r} is no layer and no range of layers; write 12, 10-19 or 10-19,25, counted from 0"
+            )
+        found += range(first, last + 1)
+    if twice := sorted({layer for layer in found if found.count(layer) > 1}):
+        raise ValueError(f"layer {twice[0]} is named twice; name each once")
+    return tuple(sorted(found))
+
+
+Layers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_layers), Field(min_length=1)]
+
+
 class StudentSection(Section):
     """The model to train: one of your own, or layers cut from the teacher. A plain string stands for `model`."""
 
     model: str | None = None
-    """Hub id or folder of a student of your own, with the teacher's tokenizer."""
+    """Hub id or folder of a student of your own, with the teacher's tokenizer, or `recipe:NAME`: the student that this
+    recipe makes, made at the first use and kept in pocl's cache folder."""
     cut: PositiveInt | None = None
     """Instead of `model`: this many evenly spaced layers of the teacher."""
+    drop: Layers | None = None
+    """Instead of `model`: the teacher without these layers, counted from 0, as in `10-19`, `4,7` or `10-19,25`. The
+    middle ones are missed least."""
     dtype: Dtype = "float32"
     """Number format of the weights in memory; keep float32 for training and set `training.precision`."""
     revision: str | None = None
@@ -73,16 +104,25 @@ class StudentSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> StudentSection:
-        if (self.model is None) == (self.cut is None):
-            raise ValueError("name either `model` (a student of your own) or `cut` (layers to keep of the teacher)")
+        if sum(source is not None for source in (self.model, self.cut, self.drop)) != 1:
+            raise ValueError(
+                "name one of `model` (a student of your own), `cut` (how many layers of the teacher to keep) and "
+                "`drop` (which layers of the teacher to leave out)"
+            )
         return self
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether the student is made of the teacher's layers."""
+        return self.model is None
 
 
 class DataSection(Section):
     """Prompts and reference responses. A plain string stands for `source`."""
 
     source: str = "embedded"
-    """Hub id, .jsonl/.json/.parquet file, folder, or `embedded` for the pairs of chatterbot-corpus."""
+    """Hub id, .jsonl/.json/.parquet file, folder, `embedded` for the pairs of chatterbot-corpus, or
+    `embedded-text` for these and paragraphs of Wikipedia."""
     split: str = "train"
     """Split of a hub data set to train on."""
     validation: str | None = None
@@ -187,6 +227,8 @@ class RankingSection(Section):
     of them. auto: rouge_score for a reference that has a word under it, else unicode."""
     partition: Literal["count", "quantile"] = "count"
     """Parts of equal size (the paper), or cut at quantiles of the score so that equal scores stay together."""
+    refresh: Literal["never", "stage"] = "never"
+    """stage: measure difficulty again before every stage, with the student as it is then. The paper: never."""
 
     @property
     def needs_answers(self) -> bool:
@@ -209,10 +251,10 @@ class RankingSection(Section):
 class CurriculumSection(Section):
     """The stages: which samples, how hot, how much of the teacher. A pair of numbers is for the first and the last."""
 
-    kind: Literal["baby_step", "constant", "one_pass", "reversed", "shuffled"] = "baby_step"
+    kind: Literal["baby_step", "constant", "one_pass", "reversed", "shuffled", "whole"] = "baby_step"
     """baby_step: easy samples first, harder ones added (the paper). The others are controls: constant is plain KD on
-    all samples, for as many passes as baby_step makes; one_pass drops the easy ones; reversed starts with the hardest;
-    shuffled deals samples to stages at random."""
+    all samples in a single stage; one_pass drops the easy ones; reversed starts with the hardest; shuffled deals
+    samples to stages at random; whole has all samples in every stage. All make as many optimizer steps as baby_step."""
     num_stages: PositiveInt = 4
     """Stages, and equal parts that the ranked samples are cut into."""
     epochs: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (8,)
@@ -302,12 +344,17 @@ class TrainingSection(Section):
     """Where the cosine ends, as a fraction of its peak."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of forward and backward; the 16-bit ones need a GPU."""
+    seed: NonNegativeInt | None = None
+    """Of the stages alone: order, draw, shuffled deal, dropout. Empty: that of the recipe."""
+    draw: PositiveInt | None = None
+    """Train in the stages on this many of the training samples, drawn by the seed. Empty: all."""
     group_by_length: bool = False
     """Batches of samples of like length: less padding, an order that is less random."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    metric: Literal["rouge_l", "loss"] = "rouge_l"
-    """What `best` means on the validation samples: the answers' ROUGE-L (the paper) or the loss, which is cheaper."""
+    metric: Literal["rouge_l", "loss", "kl_to_teacher"] = "rouge_l"
+    """What `best` means on the validation samples: the answers' ROUGE-L (the paper), or what is cheaper: the stage's
+    loss, or KL(teacher || student) at temperature 1."""
     report_to: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Where transformers also reports what is logged, such as tensorboard or wandb; the run's log is kept anyway."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy")
+LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy", "kl_to_teacher")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class StagedTrainer(Trainer):
         progress: the files of the run.
         figures: what is logged, cleared when a stage begins.
         on_policy: its replay buffer belongs to the checkpoints.
+        rerank: gives the subsets anew before a stage.
+        stage_rows: the row numbers of each stage.
     """
 
     curriculum: Curriculum
@@ -50,6 +53,8 @@ class StagedTrainer(Trainer):
     progress: RunProgress
     figures: Figures
     on_policy: OnPolicy | None
+    rerank: Callable[[int, nn.Module], Sequence[int]] | None
+    stage_rows: tuple[tuple[int, ...], ...]
     _step_offset: int = 0  # optimizer steps of the finished stages
     _stage_in_memory: int | None = None  # the stage whose result the model holds
     _warned: bool = False  # that the metric tells nothing
@@ -94,6 +99,7 @@ class StagedTrainer(Trainer):
                     record = self.progress.finished(stage.index)
                     if record is None:
                         self._restore_result_of(stage.index - 1)
+                        self._rank_again(stage.index)
                         output, record = self._train_stage(stage, base_args)
                     self._step_offset += record.steps
             self._restore_result_of(stage.index)
@@ -141,6 +147,12 @@ class StagedTrainer(Trainer):
                 )
                 raise
         return output, self._finish(stage)
+
+    def _rank_again(self, index: int) -> None:
+        """Deal the samples to this stage and those after it by the student as it is."""
+        if self.rerank is not None and index > 0:
+            rows = self.curriculum.rows(list(self.rerank(index, self.model)))
+            self.stage_rows = (*self.stage_rows[:index], *rows[index:])
 
     def _enter(self, stage: Stage, base_args: Any) -> None:
         self.stage = stage

@@ -54,6 +54,8 @@ class POCLTrainer(StagedTrainer):
         divergence: name or instance; a stage's `skew` replaces its skew.
         compute_generation_metrics: called with the student at every evaluation, on every process; returns further
             metrics, such as `rouge_l`, which `args.metric_for_best_model` may name.
+        rerank: called before every stage but the first with its index and the student, on every process; returns the
+            subsets that hold from this stage on.
         **kwargs: of `transformers.Trainer`.
 
     Raises:
@@ -77,6 +79,7 @@ class POCLTrainer(StagedTrainer):
         processing_class: Any = None,
         divergence: str | Divergence = "fkl",
         compute_generation_metrics: Callable[[nn.Module], dict[str, float]] | None = None,
+        rerank: Callable[[int, nn.Module], Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.curriculum = curriculum or (Curriculum.baby_step() if subsets is not None else Curriculum.constant())
@@ -84,6 +87,7 @@ class POCLTrainer(StagedTrainer):
         check_setup(model, teacher, args, self.curriculum, eval_dataset, processing_class, kwargs)
         self.teacher = teacher
         self.compute_generation_metrics = compute_generation_metrics
+        self.rerank = rerank
         room = args.on_policy_max_new_tokens if args.on_policy else 0
         self.rows_summary = check_rows(train_dataset, "train_dataset", model, teacher, room)
         self.eval_summaries = check_eval_rows(eval_dataset, model, teacher)
@@ -108,6 +112,8 @@ class POCLTrainer(StagedTrainer):
         )
         if self.curriculum.optimizer == "carried" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("optimizer='carried' works without sharding only; use optimizer='fresh' or DDP")
+        if rerank is not None and self.is_fsdp_enabled:
+            raise ValueError("rerank needs the student whole on every process, which FSDP does not leave; use DDP")
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "DeepSpeed's ZeRO-3 hides the weights of the head from the loss; use zero_stage 2 or FSDP2"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pocl import heads
 from pocl.pipeline import plan, run
-from pocl.pipeline.training import curriculum_of, divergence_of, scales_by_temperature
+from pocl.pipeline.curricula import curriculum_of
+from pocl.pipeline.training import divergence_of, scales_by_temperature
 from pocl.recipe import Recipe, load_recipe
 from pocl.trainer.checks import divergence_of as divergences_of_stages
 from pocl.trainer.fused import DistillationLossCall

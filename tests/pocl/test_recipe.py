@@ -59,6 +59,8 @@ def test_criteria_are_names_or_say_direction_and_weight() -> None:
 def test_naming_a_student_replaces_the_cut_and_the_reverse() -> None:
     assert build_recipe(MINIMAL, ["--student.model", "own"]).student.cut is None
     assert build_recipe({"student": "own"}, ["--student.cut", "3"]).student.model is None
+    assert build_recipe(MINIMAL, ["--student.drop", "2-3"]).student.cut is None
+    assert build_recipe({"student": {"drop": 3}}, ["--student.cut", "3"]).student.drop is None
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_all_problems_of_a_recipe_are_told_at_once() -> None:
     text = str(error.value)
     assert "mine.yaml: 3 problem(s)" in text
     assert "trainin: unknown key; did you mean training?" in text
-    assert "student: name either `model`" in text
+    assert "student: name one of `model`" in text
     assert "data.num_test: must be greater than or equal to 0, got -1" in text
 
 
@@ -121,3 +123,34 @@ def test_every_key_is_described() -> None:
     meanings = {key: meaning for key, _, meaning in rows}
     assert meanings["curriculum.optimizer"].startswith("One of fresh, carried. ")
     assert meanings["teacher_cache.dtype"].startswith("One of float32, bfloat16, float16. ")
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [("10-12", (10, 11, 12)), ("7, 2-3", (2, 3, 7)), (4, (4,)), ([9, "1-2"], (1, 2, 9)), ((5, 6), (5, 6))],
+)
+def test_layers_to_drop_are_numbers_ranges_and_lists_of_both(given: object, layers: tuple[int, ...]) -> None:
+    made = build_recipe({"student": {"drop": given}})
+    assert made.student.drop == layers
+    assert build_recipe(yaml.safe_load(made.to_yaml())) == made
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("19-10", "'19-10' is no layer and no range of layers; write 12, 10-19"),
+        ("middle", "'middle' is no layer"),
+        (-1, "'-1' is no layer"),
+        ("3,1-4", "layer 3 is named twice"),
+        ([], "at least 1 item"),
+        (True, "student.drop"),
+    ],
+)
+def test_layers_that_cannot_be_dropped_are_refused_in_words(given: object, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        build_recipe({"student": {"drop": given}})
+
+
+def test_a_student_has_one_source() -> None:
+    with pytest.raises(RecipeError, match="name one of `model`.*`cut`.*`drop`"):
+        build_recipe({"student": {"drop": 3, "cut": 4}})

@@ -9,8 +9,9 @@ import pytest
 
 from pocl.pipeline import plan, training
 from pocl.pipeline.context import write_parquet
+from pocl.pipeline.curricula import curriculum_of, teacher_passes
 from pocl.pipeline.steps import build_steps
-from pocl.pipeline.training import curriculum_of, divergence_of, teacher_passes
+from pocl.pipeline.training import divergence_of
 from pocl.recipe import Recipe, build_recipe
 from pocl_kernels import DIVERGENCES, JSD, Alpha, SkewReverseKL
 
