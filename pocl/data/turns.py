@@ -78,7 +78,21 @@ def turns_of(value: Any, what: str, *, filled: bool) -> list[dict[str, Any]]:
         value = [value]
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} is {_kind(value)}; it must be a list of turns, each with `role` and `content`")
-    return [_turn(turn, f"turn {number} of {what}", filled) for number, turn in enumerate(value, start=1)]
+    return [
+        _plain(turn) or _turn(turn, f"turn {number} of {what}", filled) for number, turn in enumerate(value, start=1)
+    ]
+
+
+def _plain(turn: Any) -> dict[str, Any] | None:
+    """The turn, where it is one of the many that hold a known role and a text; None where it takes a second look."""
+    if type(turn) is dict and len(turn) == 2:
+        role, content = turn.get("role"), turn.get("content")
+        if type(content) is str and role in _TEMPLATE_ROLES:
+            return {"role": role, "content": content}
+        role, content = turn.get("from"), turn.get("value")
+        if type(content) is str and (role == "human" or role == "gpt"):
+            return {"role": _ROLES[role], "content": content}
+    return None
 
 
 def _turn(turn: Any, what: str, filled: bool) -> dict[str, Any]:
