@@ -1,7 +1,7 @@
 """Prompt/response data: reading it, putting it through a template, cutting it to length, batching it.
 
-Three row formats are understood: `instruction, input, output` (Alpaca, Dolly), `prompt, completion` and `messages`.
-Whatever came in, `load_examples` gives columns `id`, `prompt`, `response` (and the parts a template needs), and
+`docs/data.md` lists the forms of rows: conversations, prompts with completions, Alpaca's columns, texts. Whatever came
+in, `load_examples` gives columns `id`, `prompt`, `response` and `conversation` (see `Conversation`), and
 `tokenize` gives `sample_id`, `input_ids`, `labels`, `prompt_length`. Only response tokens carry labels.
 """
 

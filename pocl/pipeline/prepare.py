@@ -170,6 +170,12 @@ def split_examples(
     prompts = (prompt.as_py() for prompt in arrow_column(whole, "prompt"))
     parts = hold_out(prompts, list(held_out.values()), seed=recipe.seed)
     chosen = dict(zip(held_out, parts, strict=False))
+    for name, part in chosen.items():
+        if held_out[name] and not part:
+            raise ValueError(
+                f"data.num_{name} is {held_out[name]}, but no prompt of {len(whole)} samples has so few equals that it "
+                f"could be held out; name other data in data.{name}, or set data.num_{name} to 0"
+            )
     train = sorted(parts[-1][: data.num_train])
     found = {"train": whole.select(train)}
     for name, (other, split, size) in named.items():

@@ -121,8 +121,8 @@ class DataSection(Section):
     """Prompts and reference responses. A plain string stands for `source`."""
 
     source: str = "embedded"
-    """Hub id, .jsonl/.json/.parquet file, folder, `embedded` for the pairs of chatterbot-corpus, or
-    `embedded-text` for these and paragraphs of Wikipedia."""
+    """Hub id, .jsonl/.json/.csv/.txt (also .gz, .zst)/.parquet/.arrow file, folder, `embedded` for the pairs of
+    chatterbot-corpus, or `embedded-text` for these and paragraphs of Wikipedia."""
     split: str = "train"
     """Split of a hub data set to train on."""
     validation: str | None = None

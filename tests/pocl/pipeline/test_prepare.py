@@ -62,6 +62,27 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
         split({"source": str(tmp_path / "pairs.jsonl")})
 
 
+def test_the_data_step_says_which_columns_made_the_rows_and_which_did_not(tmp_path: Path) -> None:
+    rows = [{"instruction": f"a {i}", "output": "b", "category": "c"} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"source": str(tmp_path / "rows.jsonl"), "num_validation": 2, "num_test": 2}
+    said: list[str] = []
+    split_examples(build_recipe({"student": {"cut": 2}, "data": values}), say=said.append)
+    assert said == ["source: rows made of instruction, output; left out: category"]
+
+
+def test_equal_prompts_that_leave_nothing_to_hold_out_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 64)
+    with pytest.raises(ValueError, match="data.num_validation is 4, but no prompt of 64 samples has so few equals"):
+        split({"source": str(tmp_path / "rows.jsonl"), "num_validation": 4, "num_test": 4})
+
+
+def test_a_corpus_is_refused_where_answers_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("a text\n")
+    with pytest.raises(ValueError, match="is a corpus"):
+        split({"source": str(tmp_path / "corpus.txt")})
+
+
 def test_fingerprints_of_sources_follow_content_version_or_name(tmp_path: Path) -> None:
     first, second = write_pairs(tmp_path / "a.jsonl", 3), write_pairs(tmp_path / "b.jsonl", 3)
     assert source_fingerprint(str(first)) == source_fingerprint(str(second))
