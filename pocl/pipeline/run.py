@@ -52,6 +52,7 @@ def run(
     from pocl.difficulty.processes import Processes
 
     path = Path(recipe.output)
+    check_precision(recipe)
     console = console or Console()
     make_models(recipe, console.print)
     with Processes.current(devices=True) as processes, contextlib.ExitStack() as held:
@@ -69,6 +70,26 @@ def run(
             processes.first(lambda: check_done(steps, until, folder))
         run_steps(needed_for(steps, until), context, folder, context.console, processes)
     return path
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Refuses a precision that this machine or its launcher would not train in.
+
+    Raises:
+        ValueError: 16-bit arithmetic without an accelerator, or a launcher that asks for another (see
+            `check_launcher_precision`).
+    """
+    import torch
+
+    from pocl.trainer.config import check_launcher_precision
+
+    precision = recipe.training.precision
+    check_launcher_precision({"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision])
+    if precision == "float16" and not torch.accelerator.is_available():
+        raise ValueError(
+            "training.precision is float16, which needs a GPU, and there is none here: set it to float32 "
+            "(a CPU can do bfloat16, slowly)"
+        )
 
 
 def needed_for(steps: Sequence[Step], until: str) -> list[Step]:

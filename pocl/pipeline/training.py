@@ -268,6 +268,7 @@ def _trainer(
         logging_steps=1 if len(rows) < 5000 else 10,
         eval_strategy="epoch" if evaluates else "no",
         save_strategy="epoch",
+        save_every=training.save_every,
         report_to=list(training.report_to) or "none",
         load_best_model_at_end=evaluates and curriculum.start == "best",
         metric_for_best_model=training.metric if evaluates else None,

@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from pocl.interval import Interval
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceName = Literal["fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha"]
@@ -31,6 +33,11 @@ DivergenceName = Literal["fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "je
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, (int, float, str)) else value
+
+
+def _as_interval(value: Any) -> Any:
+    Interval.parse(value)
+    return str(value)
 
 
 # One number for all stages, two for the first and the last with even steps between, or one for each stage.
@@ -355,6 +362,9 @@ class TrainingSection(Section):
     metric: Literal["rouge_l", "loss", "kl_to_teacher"] = "rouge_l"
     """What `best` means on the validation samples: the answers' ROUGE-L (the paper), or what is cheaper: the stage's
     loss, or KL(teacher || student) at temperature 1."""
+    save_every: Annotated[str, BeforeValidator(_as_interval)] = "10min"
+    """A kill costs no more than this: checkpoints every so many optimizer steps (500) or so long (90s, 10min, 2h), and
+    at every epoch's end."""
     report_to: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     """Where transformers also reports what is logged, such as tensorboard or wandb; the run's log is kept anyway."""
 

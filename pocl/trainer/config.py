@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from pocl.interval import Interval
 
 LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy", "kl_to_teacher")
 
@@ -33,6 +36,10 @@ class POCLConfig(TrainingArguments):
     num_train_epochs: float = field(default=0.0, metadata={"help": "Must stay 0: epochs belong to the curriculum."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A non-finite loss stops the run here."})
+    save_every: str | int | None = field(
+        default=None,
+        metadata={"help": "Also save a checkpoint every so many optimizer steps (500) or so long (90s, 10min, 2h)."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept in a stage; None keeps all."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Reporters, as in transformers."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Columns are chosen by the collator."})
@@ -74,6 +81,12 @@ class POCLConfig(TrainingArguments):
                 "number: leave them out and set epochs or max_steps in Curriculum.baby_step(...) or in each Stage "
                 f"(got num_train_epochs={self.num_train_epochs:g}, max_steps={self.max_steps})"
             )
+        if self.save_every is not None:
+            try:
+                Interval.parse(self.save_every)
+            except ValueError as error:
+                raise ValueError(f"save_every {error}") from None
+        check_launcher_precision("bf16" if self.bf16 else "fp16" if self.fp16 else "no")
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must be False: an epoch trains on every sample of its stage once")
         if self.label_smoothing_factor:
@@ -85,3 +98,23 @@ class POCLConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+
+
+def check_launcher_precision(chosen: str) -> None:
+    """Refuses a launcher that would train in another precision than `bf16`, `fp16` or `no` asks for.
+
+    `accelerate launch` hands its choice on in the environment, where it would win in silence.
+
+    Raises:
+        ValueError: names both, and what to change.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", chosen):
+        raise ValueError(
+            f"accelerate was launched with mixed_precision {launched}, and the run asks for {_PRECISIONS[chosen]}: "
+            "leave mixed_precision out of the launcher's configuration (or launch with --mixed_precision no), and set "
+            "training.precision in the recipe, or bf16 and fp16 of POCLConfig"
+        )
+
+
+_PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}

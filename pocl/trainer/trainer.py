@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from pocl import heads
 from pocl.curriculum import Curriculum, Stage
 from pocl.data import Collator
+from pocl.interval import Interval
 from pocl.teacher import Teacher
 from pocl.trainer.callbacks import Convergence, StageBar
 from pocl.trainer.card import distillation_section
@@ -30,6 +31,7 @@ from pocl.trainer.loading import PackedCollator, label_tokens, make_loader
 from pocl.trainer.on_policy import OnPolicy
 from pocl.trainer.progress import RunProgress
 from pocl.trainer.sampler import StageRows, derived_seed
+from pocl.trainer.saving import SaveEvery
 from pocl.trainer.stages import StagedTrainer
 from pocl_kernels import Divergence
 
@@ -127,6 +129,8 @@ class POCLTrainer(StagedTrainer):
         self.on_policy = OnPolicy.of(self) if args.on_policy else None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageBar(self))
+        if args.save_every is not None:
+            self.add_callback(SaveEvery(Interval.parse(args.save_every), args.device))
         if self.curriculum.patience is not None:
             self.add_callback(Convergence(self.curriculum.patience))
 
