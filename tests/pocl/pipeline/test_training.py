@@ -139,7 +139,7 @@ def test_whether_the_temperature_scales_the_loss_reaches_the_trainer(
         recipe=recipe("--loss.divergence", divergence, "--loss.scale_by_temperature", choice, "--warmup.epochs", "1"),
         path=tmp_path,
         rows=lambda split: Dataset.from_dict({"sample_id": range(4)}),
-        load_student=lambda source: None,
+        load_student=lambda source, **_: None,
         student_source=str,
         warm_student_source=str,
     )
