@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pocl.data.conversation import Conversation, conversation_of
+from pocl.data.conversation import Conversation, conversation_of, is_answer
 from pocl.data.labels import LABELS, Rendered, check_written, drops_thought, find_answers, token_spans
 from pocl.data.report import DataReport
 from pocl.data.special import SPECIAL_TOKENS, SpecialText
@@ -215,7 +215,7 @@ class Encoder:
         prompts, wholes, answers = [], [], []
         for example in examples:
             talk = conversation_of(example)
-            if self.labels == "all" and sum(turn["role"] == "assistant" for turn in talk.turns) > 1:
+            if self.labels == "all" and sum(map(is_answer, talk.turns)) > 1:
                 raise ValueError(
                     f"sample {example['id']} has several answers, and template={self.template!r} closes none but the "
                     'last; use labels="last" (data.labels), or a tokenizer with a chat template'

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pocl.data.conversation import Conversation
+from pocl.data.conversation import Conversation, is_answer
 from pocl.data.templates import ChatTemplate
 
 LABELS = ("last", "all")
@@ -41,7 +41,7 @@ class Answers:
 
 
 def find_answers(chat: ChatTemplate, rendered: Rendered, labels: str) -> Answers:
-    """Finds the last assistant turn, or all of them, each with the token that closes it.
+    """Finds the last assistant turn, or all that are to be learnt, each with the token that closes it.
 
     A turn begins where the generation prompt of the conversation so far ends. Where the template writes the turn in
     another way than its generation prompt promises (it drops a thought that the prompt opens, say), the turn is what
@@ -53,7 +53,7 @@ def find_answers(chat: ChatTemplate, rendered: Rendered, labels: str) -> Answers
     last = len(rendered.talk.turns) - 1
     if rendered.marks is not None:
         return _marked_answers(chat, rendered, labels)
-    wanted = [i for i, turn in enumerate(rendered.talk.turns) if turn["role"] == "assistant"]
+    wanted = [i for i, turn in enumerate(rendered.talk.turns) if is_answer(turn) or i == last]
     wanted = wanted if labels == "all" else [last]
     jobs = [chat.job(rendered.sample_id, rendered.talk, i, prompt=True) for i in wanted if 0 < i < last]
     prompts = iter(chat.render(jobs))
@@ -130,11 +130,23 @@ def _marked_answers(chat: ChatTemplate, rendered: Rendered, labels: str) -> Answ
             f"sample {rendered.sample_id}: the chat template marks nothing of the last turn as generated; mend its "
             "{% generation %} blocks, or take them out of the template"
         )
-    chosen = of_last if labels == "last" else spans
+    chosen = of_last
+    if labels == "all":
+        passed = _passed_over(chat, rendered)
+        chosen = [span for span in spans if not any(first < span[1] and span[0] < stop for first, stop in passed)]
     start, stop = chosen[-1]
     return Answers(
         tuple(chosen), min(begin or 0, of_last[0][0]), any(text.endswith(token, start, stop) for token in chat.added)
     )
+
+
+def _passed_over(chat: ChatTemplate, rendered: Rendered) -> list[tuple[int, int]]:
+    """The answers that are not to be learnt."""
+    turns = rendered.talk.turns
+    passed = [i for i, turn in enumerate(turns[:-1]) if turn["role"] == "assistant" and not is_answer(turn)]
+    prompts = chat.render([chat.job(rendered.sample_id, rendered.talk, i, prompt=True) for i in passed if i])
+    starts = {i: _start(chat, rendered, i, prompts[-1 - n] if i else "") for n, i in enumerate(reversed(passed))}
+    return [(start, _stop(chat, rendered, i, start)[0]) for i, start in starts.items() if start is not None]
 
 
 def _shared(one: str, other: str) -> int:

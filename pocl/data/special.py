@@ -19,6 +19,10 @@ from pocl.data.templates import any_of
 SPECIAL_TOKENS = ("text", "tokens")
 # An assistant's thoughts are written as text in every data set of reasoning models, and mean the tokens.
 THOUGHTS = frozenset({"<think>", "</think>"})
+_CANNOT = (
+    "the tokenizer cannot tell the text {!r} from the token; pass special_tokens='tokens' (data.special_tokens) to let "
+    "such text be the token, or take the samples out"
+)
 _NAMES, _HIDDEN = 0xF0000, 0x100000  # Unicode's two supplementary private planes
 
 
@@ -109,11 +113,21 @@ class SpecialText:
             piece = self.shown(text[start : len(text) if word is None else word.start()])
             if piece or (special and not start):
                 options = {"add_special_tokens": special and not start, "split_special_tokens": True}
-                ids += self.tokenizer(piece, **options)["input_ids"]
+                found = self.tokenizer(piece, **options)["input_ids"]
+                self._check_text(piece, found)
+                ids += found
             if word is not None:
-                ids.append(int(self.tokenizer.convert_tokens_to_ids(word.group())))
+                ids.append(self._id(word.group()))
                 start = word.end()
         return ids, None
+
+    def _check_text(self, text: str, ids: list[int]) -> None:
+        """Refuses a tokenizer that knows no way to encode the word of a special token as text."""
+        if made := [word for word in self.words if word in text and self._id(word) in ids]:
+            raise ValueError(_CANNOT.format(made[0]))
+
+    def _id(self, word: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(word))
 
     @cached_property
     def _renamed(self) -> Any:
@@ -136,11 +150,11 @@ class SpecialText:
                 model["unk_token"] = names[model["unk_token"]]
         elif isinstance(vocabulary, list):
             model["vocab"] = [[names.get(word, word), score] for word, score in vocabulary]
-        made = Tokenizer.from_str(json.dumps(content))
+        try:
+            made = Tokenizer.from_str(json.dumps(content))
+        except Exception:  # a special token that is made of others as well: the pieces between the tokens remain
+            return None
         wrong = [word for word, name in names.items() if made.token_to_id(name) != engine.token_to_id(word)]
         if wrong:
-            raise ValueError(
-                f'the tokenizer cannot tell the text {wrong[0]!r} from the token; pass special_tokens="tokens" to let '
-                "such text be the token, or take the samples out"
-            )
+            raise ValueError(_CANNOT.format(wrong[0]))
         return made

@@ -330,14 +330,16 @@ def adapt_teacher(context: Context) -> Mapping[str, Any]:
 
 def _save(trainer: Any, folder: Path, *, title: str | None = None) -> None:
     """Write the student, its tokenizer and, under a title, a card; the folder is there in full or not at all."""
+    from pocl.generation import end_tokens
     from pocl.trainer.card import distillation_section
-    from pocl.trainer.weights import save_weights
+    from pocl.trainer.weights import name_ends, save_weights
 
     scratch = folder.with_name(f".{folder.name}-writing")
     if trainer.is_world_process_zero():
         shutil.rmtree(scratch, ignore_errors=True)
     save_weights(trainer, scratch)
     if trainer.is_world_process_zero():
+        name_ends(scratch, end_tokens(trainer.model, trainer.processing_class))
         if title:
             write_text(scratch / "README.md", f"# {title}\n{distillation_section(trainer)}")
         shutil.rmtree(folder, ignore_errors=True)

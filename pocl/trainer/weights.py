@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,20 @@ def save_weights(trainer: Any, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
+
+
+def name_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Let the generation config of a saved student name all tokens that it was taught to end an answer with.
+
+    A student that was a base model names its EOS alone, and would go on after the token that closes a turn.
+    """
+    file = folder / "generation_config.json"
+    # as text: transformers refuses to save again what it finds fault with, such as a temperature without sampling
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = config.get("eos_token_id")
+    if sorted(ends) != sorted([named] if isinstance(named, int) else named or []):
+        config["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager

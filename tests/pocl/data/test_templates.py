@@ -219,6 +219,19 @@ def test_arguments_reach_the_template_from_the_recipe_and_a_rows_own_come_first(
         Encoder(tokenizer, "chat", 512, 256, template_kwargs={"tools": [], "tokenize": True})
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_answer_marked_as_one_to_pass_over_has_no_labels(name: str) -> None:
+    turns = _turns("u:Hi", "a:Hello!", "u:2 + 2?", "a:5", "u:Sure?", "a:No, 4.")
+    marked = [{**turn, "train": False} if turn["content"] == "5" else turn for turn in turns]
+    row, plain = (_encode(_encoder(name, labels="all"), Conversation(tuple(some)))[0] for some in (marked, turns))
+    assert row is not None
+    assert plain is not None
+    assert row["input_ids"] == plain["input_ids"]
+    first, second, third = _runs(plain)
+    assert _runs(row) == [first, third]
+    assert "5" in tokenizer_of(name).decode(second)
+
+
 def test_tools_that_a_template_does_not_write_are_counted() -> None:
     encoder = Encoder(tokenizer_of("chatml"), "chat", 512, 256)
     assert encoder(_example(Conversation(TALKS["one question"].turns, [TOOL]))) is not None

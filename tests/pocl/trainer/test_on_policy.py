@@ -175,3 +175,27 @@ def test_values_out_of_range_are_refused(config) -> None:
         config(on_policy=1.5)
     with pytest.raises(ValueError, match="on_policy_temperature must be > 0"):
         config(on_policy_temperature=0.0)
+
+
+def test_a_response_ends_at_every_token_that_tokenizer_or_model_names(student, rows) -> None:
+    batch = Collator(0)(rows)
+    student.generation_config.eos_token_id = None
+    whole = rows_of(sampler(eos_token_id=None, max_new_tokens=12).replace(student, batch, 0, 0, 0))
+    said = [[label for label in row["labels"] if label != -100] for row in whole]
+    first, second = said[0][2], said[1][3]
+    student.generation_config.eos_token_id = [first]
+    for given in (second, [second]):
+        ended = sampler(eos_token_id=given, max_new_tokens=12).replace(student, batch, 0, 0, 0)
+        for long, row in zip(said, rows_of(ended), strict=True):
+            short = [label for label in row["labels"] if label != -100]
+            stop = next((i + 1 for i, token in enumerate(long) if token in (first, second)), len(long))
+            assert short == long[:stop]
+
+
+def test_the_prompt_of_a_row_with_several_answers_is_what_stands_before_the_last(student, rows) -> None:
+    ids = [5, 6, 7, 8, 9, 10]
+    row = {"sample_id": 3, "input_ids": ids, "labels": [-100, 6, 7, -100, 9, 10]}
+    replaced = rows_of(sampler().replace(student, Collator(0)([row]), 0, 0, 0))[0]
+    assert replaced["input_ids"][:4] == ids[:4]
+    assert replaced["labels"][:4] == [-100] * 4
+    assert -100 not in replaced["labels"][4:]
