@@ -5,9 +5,11 @@ Each is a sum over the vocabulary of ``value(l, r)`` with ``l = log q`` and ``r 
 
     D = sum_k value(l_k, r_k)     c = sum_k slope(l_k, r_k)     dD/dz_k = (slope(l_k, r_k) - q_k c) / T
 
-The slope is defined up to a multiple of q, which cancels. A new divergence is one frozen dataclass with these two
-functions, written in the language of :mod:`pocl_kernels.scalar`; its float fields are run-time parameters of the
-kernels, so that a schedule may change them at every step. Pass an instance wherever a name is accepted.
+The slope is defined up to a multiple of q, which cancels. The kernels use that: they take slopes relative to the
+student's most probable token, whose own is then exactly 0 (:meth:`Divergence.relative_slope`). A new divergence is one
+frozen dataclass with these two functions, written in the language of :mod:`pocl_kernels.scalar`; its float fields are
+run-time parameters of the kernels, so that a schedule may change them at every step. Pass an instance wherever a name
+is accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +19,22 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
-from pocl_kernels.scalar import Value, absolute, exp, kl_term, log_mixture, phi_series, share, sign, weighted, where
+from pocl_kernels.scalar import (
+    Value,
+    absolute,
+    equal,
+    exp,
+    expm1_ratio,
+    kl_term,
+    log_ratios,
+    maximum,
+    phi_series,
+    phi_term,
+    share,
+    sign,
+    weighted,
+    where,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +52,8 @@ class Divergence(abc.ABC):
         Divergence.classes[cls.token] = cls
         if not vars(cls).keys().isdisjoint(("value", "slope")) and "kl_weights" not in vars(cls):
             cls.kl_weights = None  # the base's is not that of another function
+        if "slope" in vars(cls) and "relative_slope" not in vars(cls):
+            cls.relative_slope = Divergence.relative_slope  # type: ignore[method-assign]  # nor its difference
 
     def parameters(self) -> list[float]:
         """The values of the fields: the run-time parameters of the kernels.
@@ -67,6 +86,15 @@ class Divergence(abc.ABC):
     def slope(self, l: Value, r: Value) -> Value:
         """q dD/dq, up to a multiple of q. Must stay bounded where q or p underflows."""
 
+    def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+        """``q (dD/dq - dD/dq of the token with l0 and r0)``: the slope that the kernels use.
+
+        Where one token has nearly all of q, ``slope - q c`` would be the difference of two large numbers at that token.
+        Relative to it nothing is left to cancel. ``l0`` is at least -log V. To be overridden where the difference of
+        two slopes has a closed form that keeps more digits than the subtraction.
+        """
+        return self.slope(l, r) - exp(l) * (self.slope(l0, r0) / exp(l0))
+
     def _check(self, field: str, low: float, high: float, *, open_ends: bool = False) -> None:
         x = getattr(self, field)
         inside = low < x < high if open_ends else low <= x <= high
@@ -88,6 +116,9 @@ class ForwardKL(Divergence):
 
     def slope(self, l: Value, r: Value) -> Value:
         return -exp(r)
+
+    def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+        return self.slope(l, r)  # its sum is known to be -1: nothing to gain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +145,18 @@ class SkewForwardKL(Divergence):
 
     def value(self, l: Value, r: Value) -> Value:
         p, q = exp(r), exp(l)
-        return kl_term(p, r, self.skew * p + (1.0 - self.skew) * q, log_mixture(r, l, self.skew))
+        return phi_term(p, self.skew * p + (1.0 - self.skew) * q, log_ratios(l, r, self.skew)[0])
 
     def slope(self, l: Value, r: Value) -> Value:
         p, q, s = exp(r), exp(l), self.skew
         # (1 - s) q (1 - p / m), not - (1 - s) q p / m: a multiple of q that large cancels only in slope - q c.
         return (1.0 - s) * (1.0 - s) * (q - p) * share(q, s * p + (1.0 - s) * q)
+
+    def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+        # The slope above is right near the teacher, -(1 - s) q p / m far from it. Their difference is right in both.
+        p, q, s, ratio = exp(r), exp(l), self.skew, exp(r0 - l0)
+        factor = (1.0 - s) * (1.0 - s) / (s * ratio + (1.0 - s))
+        return factor * (ratio * q - p) * share(q, s * p + (1.0 - s) * q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,34 +170,43 @@ class SkewReverseKL(Divergence):
 
     def value(self, l: Value, r: Value) -> Value:
         p, q = exp(r), exp(l)
-        return kl_term(q, l, self.skew * q + (1.0 - self.skew) * p, log_mixture(l, r, self.skew))
+        return phi_term(q, self.skew * q + (1.0 - self.skew) * p, log_ratios(l, r, 1.0 - self.skew)[1])
 
     def slope(self, l: Value, r: Value) -> Value:
         p, q, s = exp(r), exp(l), self.skew
         # log(q / m) - s (q / m - 1), not - s q / m: a multiple of q as large as s cancels only in slope - q c.
         excess = share(q - p, s * q + (1.0 - s) * p)
-        return weighted(q, l - log_mixture(l, r, s) - weighted(s * (1.0 - s), excess))
+        return -weighted(q, log_ratios(l, r, 1.0 - s)[1] + weighted(s * (1.0 - s), excess))
 
 
 @dataclasses.dataclass(frozen=True)
 class JSD(Divergence):
     """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: the generalised JSD of GKD and TRL.
 
-    ``beta`` in (0, 1). DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
+    ``beta`` in [0, 1]; the ends are the limits of JSD / beta and JSD / (1 - beta), as in TRL and Liger: 0 is the
+    forward KL, 1 the reverse. DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
     """
 
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        self._check("beta", 0.0, 1.0, open_ends=True)
+        self._check("beta", 0.0, 1.0)
 
     def value(self, l: Value, r: Value) -> Value:
-        p, q, log_m = exp(r), exp(l), log_mixture(r, l, self.beta)
+        p, q, (by_p, by_q) = exp(r), exp(l), log_ratios(l, r, self.beta)
         m = self.beta * p + (1.0 - self.beta) * q
-        return self.beta * kl_term(p, r, m, log_m) + (1.0 - self.beta) * kl_term(q, l, m, log_m)
+        teacher, student, _ = self._weights()
+        return teacher * phi_term(p, m, by_p) + student * phi_term(q, m, by_q)
 
     def slope(self, l: Value, r: Value) -> Value:
-        return (1.0 - self.beta) * weighted(exp(l), l - log_mixture(r, l, self.beta))
+        _, student, forward = self._weights()
+        by_q = log_ratios(l, r, self.beta)[1]
+        return forward * (exp(l) - exp(r)) - weighted(student, weighted(exp(l), by_q))
+
+    def _weights(self) -> tuple[Value, Value, Value]:
+        """Of KL(p, m), of KL(q, m), and whether it is the forward KL."""
+        forward = where(equal(self.beta, 0.0), 1.0, 0.0)
+        return forward + self.beta, where(equal(self.beta, 1.0), 1.0, 1.0 - self.beta), forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,32 +231,62 @@ class Jeffreys(Divergence):
         return weighted(exp(r) - exp(l), r - l)
 
     def slope(self, l: Value, r: Value) -> Value:
-        return weighted(exp(l), l - r) - exp(r)
+        return weighted(exp(l), l - r) + (exp(l) - exp(r))
 
 
 @dataclasses.dataclass(frozen=True)
 class Alpha(Divergence):
-    """Amari's alpha-divergence (1 - sum p^a q^(1-a)) / (a (1 - a)), a = ``alpha`` in (0, 1); a -> 1 is forward KL."""
+    """Amari's alpha-divergence (1 - sum p^a q^(1-a)) / (a (1 - a)), a = ``alpha`` in [0, 1].
+
+    The ends are the limits: 0 is the reverse KL, 1 the forward.
+    """
 
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        self._check("alpha", 0.0, 1.0, open_ends=True)
+        self._check("alpha", 0.0, 1.0)
 
     def value(self, l: Value, r: Value) -> Value:
-        a, b = self.alpha, 1.0 - self.alpha
-        # With d = l - r the closed form is p (b phi(d) - phi(b d)); near d = 0 only the series keeps its digits.
-        d = l - r
-        near = exp(r) * (b * phi_series(d) - phi_series(b * d))
-        far = a * exp(r) + b * exp(l) - exp(a * r + b * l)
-        return where(absolute(d) < 0.5, near, far) / (a * b)
+        return _power_value(l, r, self.alpha, 1.0 - self.alpha)
 
     def slope(self, l: Value, r: Value) -> Value:
-        a = self.alpha
-        x = a * (r - l)
-        # -q (e^x - 1), not -q e^x: where a is small, a multiple of q as large as 1 / a cancels only in slope - q c.
-        near, far = -exp(l) * (x + phi_series(x)), exp(l) - exp(a * r + (1.0 - a) * l)
-        return where(absolute(x) < 0.5, near, far) / a
+        return _power_slope(l, r, self.alpha, 1.0 - self.alpha)
+
+    def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+        # -q (p/q)^a + q (p0/q0)^a over a: neither of the two need be small where their difference is.
+        a, q = self.alpha, exp(l)
+        at_anchor = exp(weighted(a, r0 - l0))
+        difference = (r - l) - (r0 - l0)
+        x = weighted(a, difference)
+        near = -weighted(q, at_anchor * (difference * expm1_ratio(x)))
+        far = (q * at_anchor - _power(l, r, a, 1.0 - a)) * share(1.0, a)
+        return where(absolute(x) < 0.5, near, far)
+
+
+def _power(l: Value, r: Value, a: Value, b: Value) -> Value:
+    """p^a q^b."""
+    return exp(weighted(a, r) + weighted(b, l))
+
+
+def _power_value(l: Value, r: Value, a: Value, b: Value) -> Value:
+    """(a p + b q - p^a q^b) / (a b) for a + b = 1: never negative, whatever p and q sum to; its limits at the ends."""
+    # With d = log(q / p) and the smaller exponent b on q: p (phi(d) - phi(b d) / b) / a, which needs no small divisor;
+    # else the same with p and q, a and b exchanged.
+    swap = b > a
+    p, q = where(swap, exp(l), exp(r)), where(swap, exp(r), exp(l))
+    d, a, b = where(swap, r - l, l - r), maximum(a, b), where(swap, a, b)
+    x, inverse = weighted(b, d), share(1.0, b)
+    near = (phi_term(p, q, d) - p * phi_series(x) * inverse) / a
+    far = (a * p + b * q - _power(l, r, where(swap, b, a), where(swap, a, b))) * (inverse / a)
+    return where(absolute(x) < 0.5, near, far)
+
+
+def _power_slope(l: Value, r: Value, a: Value, b: Value) -> Value:
+    """q times the derivative of the above by q, (q - p^a q^b) / a."""
+    # -q (e^x - 1) / a, not -q e^x / a: where a is small, a multiple of q as large as 1 / a cancels only in slope - q c.
+    x = weighted(a, r - l)
+    near, far = -weighted(exp(l), (r - l) * expm1_ratio(x)), (exp(l) - _power(l, r, a, b)) * share(1.0, a)
+    return where(absolute(x) < 0.5, near, far)
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {

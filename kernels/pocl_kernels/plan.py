@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
 
-STATE_ROWS = 6
+STATE_ROWS = 7
 
 
 @dataclasses.dataclass(frozen=True)

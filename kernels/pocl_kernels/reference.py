@@ -50,6 +50,8 @@ def divergence_rows(name: str, l: Tensor, r: Tensor, **parameters: float) -> Ten
         return kl(l, log_mix(l, r, parameters.get("skew", 0.1)))
     if name == "jsd":
         beta = parameters.get("beta", 0.5)
+        if beta in (0, 1):  # the limits of JSD / beta and JSD / (1 - beta)
+            return kl(l, r) if beta else kl(r, l)
         m = log_mix(r, l, beta)
         return beta * kl(r, m) + (1 - beta) * kl(l, m)
     if name == "tvd":
@@ -58,6 +60,8 @@ def divergence_rows(name: str, l: Tensor, r: Tensor, **parameters: float) -> Ten
         return kl(r, l) + kl(l, r)
     if name == "alpha":
         a = parameters.get("alpha", 0.5)
+        if a in (0, 1):
+            return kl(r, l) if a else kl(l, r)
         # Written over p and q themselves; 1 = sum (a p + (1 - a) q) keeps the float64 digits of a small divergence.
         return (a * p + (1 - a) * q - p**a * q ** (1 - a)).sum(-1) / (a * (1 - a))
     raise ValueError(f"the reference knows no divergence {name!r}")

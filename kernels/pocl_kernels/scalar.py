@@ -15,25 +15,35 @@ of one vocabulary entry. They are written with ordinary arithmetic and the funct
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 Value = Any  # Tensor | float | Scalar: the language is deliberately duck-typed
 
+UNIFORM, ROW, ENTRY = range(3)
+"""Levels of a recorded node: of the parameters alone, of a row's anchor too, of the entry's own l and r."""
+ANCHOR = ("l0", "r0")
+GIVEN = {"sub l r": "d", "sub r l": "(-d)", "sub l0 r0": "d0", "sub r0 l0": "(-d0)"}
+"""What every kernel has at hand beside its inputs: their differences, from the logits' own, which are exact where the
+two models are close.
+"""
+
 
 class Scalar:
     """One node of a recorded expression; nodes of one :class:`Recorder` are unique, so identity is equality."""
 
-    __slots__ = ("args", "index", "op", "payload", "recorder", "uniform")
+    __slots__ = ("args", "index", "level", "op", "payload", "recorder")
 
     def __init__(self, recorder: Recorder, op: str, args: tuple[Scalar, ...], payload: float | str | None) -> None:
         self.recorder, self.op, self.args, self.payload = recorder, op, args, payload
         self.index = len(recorder.nodes)
-        # A uniform node has one value for the whole kernel: it is computed once, outside the loop.
-        self.uniform: bool = op in ("const", "param") or (bool(args) and all(a.uniform for a in args))
+        # How often the node has another value, which is how often it is computed.
+        leaf = ROW if payload in ANCHOR else ENTRY if op == "input" else UNIFORM
+        self.level: int = max((a.level for a in args), default=leaf)
 
     def __add__(self, other: Value) -> Scalar:
         return self.recorder.node("add", self, other)
@@ -115,10 +125,10 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Straight-line code for ``value`` and ``slope``: what a backend prints.
+    """Straight-line code for ``value`` and ``relative_slope``: what a backend prints.
 
     ``nodes`` are in evaluation order and hold only what the two results need; ``parameters`` are the names of the
-    run-time parameters in the order in which the backend must pass them; ``key`` identifies the code.
+    run-time parameters; ``key`` identifies the code.
     """
 
     nodes: tuple[Scalar, ...]
@@ -132,54 +142,77 @@ class Program:
             f"\n{self.value.index},{self.slope.index},{self.parameters}"
         )
 
+    @functools.cached_property
+    def uniforms(self) -> tuple[Scalar, ...]:
+        """The nodes of the parameters alone that others read: a backend takes their values, in this order, and not
+        the parameters. Constants are printed in place.
+        """
+        read = {a.index for n in self.nodes if n.level != UNIFORM for a in n.args}
+        read |= {self.value.index, self.slope.index}
+        return tuple(n for n in self.nodes if n.level == UNIFORM and n.op != "const" and n.index in read)
+
+    def uniform_values(self, parameters: Sequence[Any]) -> list[Any]:
+        """Values of :attr:`uniforms`, in double precision, where rounding them would cost every entry its digits."""
+        given = dict(zip(self.parameters, parameters, strict=True))
+        values: dict[int, Any] = {}
+        for node in self.nodes:
+            if node.op == "param":
+                values[node.index] = given[str(node.payload)]
+            elif node.op == "const":
+                values[node.index] = node.payload
+            elif node.level == UNIFORM:
+                values[node.index] = _EVALUATE[node.op](*(values[a.index] for a in node.args))
+        return [values[n.index] for n in self.uniforms]
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the code reads the anchor."""
+        return any(n.payload in ANCHOR for n in self.nodes)
+
     def render(
-        self, syntax: dict[str, str], declare: Callable[[str, str], str], *, given_exponentials: bool = False
+        self, syntax: dict[str, str], declare: Callable[[str, str], str], *, given: Mapping[str, str] | None = None
     ) -> tuple[list[str], list[str]]:
-        """Print the program: lines for the uniform part (outside the loop) and lines for the body.
+        """Print the program: lines for each row (outside the loop) and lines for the body.
 
         ``syntax`` maps each operation to a format string over its operands; ``declare(name, expression)`` prints one
-        assignment. The inputs are named ``l`` and ``r``, the results ``value`` and ``slope``, the parameters as in
-        :attr:`parameters`. With ``given_exponentials`` the caller has ``q = e^l`` and ``p = e^r`` at hand.
+        assignment. The inputs are named ``l``, ``r``, ``l0`` and ``r0``, the results ``value`` and ``slope``, the
+        uniforms as by :func:`name_of`. ``given`` names what the caller has at hand, by operation and inputs, such as
+        :data:`GIVEN`.
         """
-        names: dict[int, str] = {}
+        names = {node.index: name_of(node) for node in self.nodes}
         head: list[str] = []
         body: list[str] = []
         for node in self.nodes:
             if node.op == "const":
                 names[node.index] = syntax["const"].format(repr(node.payload))
-            elif node.op in ("input", "param"):
-                names[node.index] = str(node.payload)
-            elif given_exponentials and node.op == "exp" and node.args[0].op == "input":
-                names[node.index] = {"l": "q", "r": "p"}[str(node.args[0].payload)]
-            else:
-                names[node.index] = f"t{node.index}"
+            elif (known := " ".join((node.op, *(str(a.payload) for a in node.args)))) in (given or {}):
+                names[node.index] = (given or {})[known]
+            elif node.level != UNIFORM and node.op != "input":
                 expression = syntax[node.op].format(*(names[a.index] for a in node.args))
-                (head if node.uniform else body).append(declare(names[node.index], expression))
+                (head if node.level == ROW else body).append(declare(names[node.index], expression))
         body.append(declare("value", names[self.value.index]))
         body.append(declare("slope", names[self.slope.index]))
         return head, body
 
 
+def name_of(node: Scalar) -> str:
+    """A node's name in printed code."""
+    return str(node.payload) if node.op in ("input", "param") else f"t{node.index}"
+
+
 def trace(divergence: Any) -> Program:
-    """Record ``divergence.value`` and ``divergence.slope``; dataclass fields become run-time parameters."""
+    """Record ``divergence.value`` and ``divergence.relative_slope``; dataclass fields become run-time parameters."""
     recorder = Recorder()
     fields = [f.name for f in dataclasses.fields(divergence)]
     names = tuple(f"k_{field}" for field in fields)  # no clash with a kernel's own variables
     symbolic = object.__new__(type(divergence))
     for field, name in zip(fields, names, strict=True):
         object.__setattr__(symbolic, field, recorder.leaf("param", name))
-    l, r = recorder.leaf("input", "l"), recorder.leaf("input", "r")
-    results = []
-    for function in ("value", "slope"):
-        result = getattr(symbolic, function)(l, r)
-        if isinstance(result, (int, float)):
-            result = recorder.leaf("const", float(result))
-        if not isinstance(result, Scalar):
-            raise TypeError(
-                f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the "
-                "fields of the divergence and the functions of pocl_kernels.scalar"
-            )
-        results.append(result)
+    l, r, l0, r0 = (recorder.leaf("input", name) for name in ("l", "r", *ANCHOR))
+    results = [_recorded(symbolic, recorder, "value", l, r)]
+    # By itself first, so that what is wrong with it is said of the slope.
+    _recorded(symbolic, recorder, "slope", l, r)
+    results.append(_recorded(symbolic, recorder, "relative_slope", l, r, l0, r0))
     needed: set[int] = set()
     stack = list(results)
     while stack:
@@ -188,6 +221,18 @@ def trace(divergence: Any) -> Program:
             needed.add(node.index)
             stack.extend(node.args)
     return Program(tuple(n for n in recorder.nodes if n.index in needed), results[0], results[1], names)
+
+
+def _recorded(divergence: Any, recorder: Recorder, function: str, *inputs: Scalar) -> Scalar:
+    result = getattr(divergence, function)(*inputs)
+    if isinstance(result, (int, float)):
+        return recorder.leaf("const", float(result))
+    if not isinstance(result, Scalar):
+        raise TypeError(
+            f"{type(divergence).__name__}.{function} returned {type(result).__name__}: build it from l, r, the "
+            "fields of the divergence and the functions of pocl_kernels.scalar"
+        )
+    return result
 
 
 # --- The functions ----------------------------------------------------------------------------------------------------
@@ -262,6 +307,22 @@ def log_mixture(x: Value, y: Value, weight: Value) -> Value:
     return where(equal(a, b), a + math.log(2.0), maximum(a, b) + log1p_unit(exp(-absolute(a - b))))
 
 
+def log_ratios(l: Value, r: Value, weight: Value) -> tuple[Value, Value]:
+    """``log(m / p)`` and ``log(m / q)`` of the mixture ``m = weight p + (1 - weight) q``.
+
+    From the difference of l and r, so that a mixture of two close numbers keeps the digits of their distance. Exact at
+    weight 0 and 1; where p is 0 the first is meaningless, where q is 0 the second.
+    """
+    d = l - r
+    log_p, log_q = log(weight), log(1.0 - weight)
+    # log(weight p) - log((1 - weight) q); at the ends, where one of the two is masked, infinity less infinity.
+    t = where(weight > 0.0, where(weight < 1.0, (log_p - log_q) - d, 100.0), -100.0)
+    rest = log1p_unit(exp(-absolute(t)))
+    student = t < 0.0  # has the larger part
+    by_p, by_q = rest + log_p, rest + log_q
+    return where(student, by_q + d, by_p), where(student, by_q, by_p - d)
+
+
 def weighted(a: Value, x: Value) -> Value:
     """a * x, and 0 where a is 0, whatever x is (0 log 0 = 0)."""
     return where(equal(a, 0.0), 0.0, a * x)
@@ -269,6 +330,8 @@ def weighted(a: Value, x: Value) -> Value:
 
 def share(a: Value, b: Value) -> Value:
     """a / b, and 0 where b is 0: the part that ``a`` has in a sum ``b`` of probabilities."""
+    if isinstance(b, (int, float)):
+        return a / b if b else 0.0
     return where(equal(b, 0.0), 0.0, a / b)
 
 
@@ -277,7 +340,11 @@ def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
 
     Summed over the vocabulary it equals ``sum a (log a - log b)`` since both sum to one, without its cancellation.
     """
-    x = log_b - log_a
+    return phi_term(a, b, log_b - log_a)
+
+
+def phi_term(a: Value, b: Value, x: Value) -> Value:
+    """``a phi(x)`` for b = a e^x, and b where a is 0: the term of KL(a, b) where the log of their ratio is at hand."""
     near = a * phi_series(x)
     far = b - a - a * x
     return where(equal(a, 0.0), b, where(absolute(x) < 0.5, near, far))
@@ -285,10 +352,41 @@ def kl_term(a: Value, log_a: Value, b: Value, log_b: Value) -> Value:
 
 def phi_series(x: Value) -> Value:
     """phi(x) = e^x - 1 - x for |x| < 1/2, to the last bit where the closed form cancels."""
+    return x * x * _series(x)
+
+
+def expm1_ratio(x: Value) -> Value:
+    """(e^x - 1) / x for |x| < 1/2; 1 at 0."""
+    return 1.0 + x * _series(x)
+
+
+def _series(x: Value) -> Value:
+    """phi(x) / x^2 for |x| < 1/2."""
     # Terms of x^k / k! up to k = 8 reach float32 on |x| < 1/2 (the next is 4e-8 of the sum), up to k = 17 float64.
     double = x.dtype == torch.float64 if isinstance(x, torch.Tensor) else not isinstance(x, Scalar)
     top = 17 if double else 8
     series: Value = 1.0 / math.factorial(top)
     for k in range(top - 1, 1, -1):
         series = series * x + 1.0 / math.factorial(k)
-    return x * x * series
+    return series
+
+
+def _divide(x: Any, y: Any) -> Any:
+    if isinstance(x, torch.Tensor) or isinstance(y, torch.Tensor) or y != 0.0:
+        return x / y
+    return math.nan if x == 0.0 or math.isnan(x) else math.copysign(math.inf, x) * math.copysign(1.0, y)
+
+
+_EVALUATE: dict[str, Callable[..., Any]] = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": _divide,
+    "neg": lambda x: -x,
+    "lt": lambda x, y: x < y,
+    "eq": lambda x, y: x == y,
+    "where": where,
+    "exp": exp,
+    "log": log,
+    "abs": absolute,
+}

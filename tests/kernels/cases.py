@@ -41,6 +41,11 @@ INSTANCES: dict[str, str | Divergence] = {
     "jsd(0.9)": JSD(0.9),
     "alpha(0.2)": Alpha(0.2),
     "alpha(0.8)": Alpha(0.8),
+    # The ends of a family are its limits.
+    "jsd(0)": JSD(0.0),
+    "jsd(1)": JSD(1.0),
+    "alpha(0)": Alpha(0.0),
+    "alpha(1)": Alpha(1.0),
 }
 
 
@@ -86,9 +91,12 @@ def make_case(
     scale: float = 1.0,
     softcap: float | None = None,
     teacher_vocab: int | None = None,
+    spread: float | None = None,
     seed: int = 0,
 ) -> Case:
     """Logits like a language model's: a Zipf unigram that both models know, and noise of their own of deviation 2.
+
+    ``spread``: of a flat unigram's logits instead, both models' own, as peaked as trained models are at 5.
 
     With ``near`` the student is the teacher up to a noise on the logits that gives a KL of about ``near``. Read only.
     """
@@ -99,8 +107,9 @@ def make_case(
 
     def half(size: int, entries: int) -> tuple[Tensor, Head]:
         h = torch.randn(rows, size, generator=g)
-        w = torch.randn(entries, size, generator=g) * (2.0 / math.sqrt(size))
-        h[:, 0], w[:, 0] = 1.0, unigram[:entries]
+        w = torch.randn(entries, size, generator=g) * ((spread or 2.0) / math.sqrt(size))
+        if spread is None:
+            h[:, 0], w[:, 0] = 1.0, unigram[:entries]
         b = torch.randn(entries, generator=g) if bias else None
         return h, Head(w / scale, b, scale, softcap)
 

@@ -13,6 +13,7 @@ import torch
 import pocl_kernels
 from pocl_kernels import DIVERGENCES, Divergence, ForwardKL, scalar
 from pocl_kernels.scalar import (
+    GIVEN,
     Program,
     Recorder,
     Value,
@@ -23,7 +24,9 @@ from pocl_kernels.scalar import (
     log,
     log1p_unit,
     log_mixture,
+    log_ratios,
     maximum,
+    name_of,
     phi_series,
     sign,
     trace,
@@ -47,6 +50,9 @@ def grid() -> tuple[torch.Tensor, torch.Tensor]:
     return l.flatten(), r.flatten()
 
 
+ANCHOR = (-0.4, -1.7)
+
+
 def run_python(program: Program, parameters: list[float], l: float, r: float) -> tuple[float, float]:
     """The traced program printed as Python and run in double precision, one number at a time."""
     lines = [line for part in program.render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}") for line in part]
@@ -61,7 +67,8 @@ def run_python(program: Program, parameters: list[float], l: float, r: float) ->
 
 
 def program_arguments(program: Program, parameters: list[float], l: float, r: float) -> dict[str, float]:
-    return {"l": l, "r": r, **dict(zip(program.parameters, parameters, strict=True))}
+    uniforms = dict(zip(map(name_of, program.uniforms), program.uniform_values(parameters), strict=True))
+    return {"l": l, "r": r, "l0": ANCHOR[0], "r0": ANCHOR[1], **uniforms}
 
 
 def shipped(name: str) -> Divergence:
@@ -74,8 +81,8 @@ def test_printed_program_equals_eager_evaluation(name: str) -> None:
     divergence = shipped(name)
     program = trace(divergence)
     l, r = grid()
-    for function, index in (("value", 0), ("slope", 1)):
-        eager = getattr(divergence, function)(l, r)
+    for function, index, anchor in (("value", 0, ()), ("relative_slope", 1, ANCHOR)):
+        eager = getattr(divergence, function)(l, r, *(torch.tensor(x, dtype=torch.float64) for x in anchor))
         printed = torch.tensor(
             [
                 run_python(program, divergence.parameters(), a, b)[index]
@@ -117,6 +124,19 @@ def test_slope_is_the_student_weighted_derivative_of_the_value(name: str) -> Non
         assert float(difference.norm()) <= 1e-13 * max(1.0, float(derivative.norm()))
 
 
+@pytest.mark.parametrize("name", INSTANCES)
+def test_the_relative_slope_is_the_slope_but_for_a_multiple_of_q(name: str) -> None:
+    divergence = shipped(name)
+    g = torch.Generator().manual_seed(1)
+    l, r = (torch.log_softmax(2 * torch.randn(64, dtype=torch.float64, generator=g), 0) for _ in range(2))
+    q, top = l.exp(), l.argmax()
+    slope, relative = divergence.slope(l, r), divergence.relative_slope(l, r, l[top], r[top])
+    multiple = ((relative - slope) / q)[top]
+    torch.testing.assert_close(relative, slope + multiple * q, rtol=1e-12, atol=1e-14)
+    if name != "fkl":  # whose c is known
+        assert abs(float(relative[top])) <= 1e-15
+
+
 def test_common_subexpressions_are_recorded_once() -> None:
     @dataclasses.dataclass(frozen=True)
     class Repeats(Divergence):
@@ -126,6 +146,9 @@ def test_common_subexpressions_are_recorded_once() -> None:
         def slope(self, l: Value, r: Value) -> Value:
             return exp(l) * exp(r)
 
+        def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+            return self.slope(l, r)
+
     program = trace(Repeats())
     assert sorted(node.op for node in program.nodes) == ["add", "exp", "exp", "input", "input", "mul"]
     _, body = program.render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}")
@@ -133,10 +156,20 @@ def test_common_subexpressions_are_recorded_once() -> None:
 
 
 def test_what_depends_on_parameters_alone_is_hoisted_out_of_the_loop() -> None:
-    head, body = trace(shipped("skew_fkl")).render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}")
-    assert any("log" in line for line in head)
-    assert not any("log(" in line for line in body)
+    program = trace(shipped("skew_fkl"))
+    row, body = program.render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}")
+    # On the host what is the parameters' alone, once a row what is the anchor's, and the rest for each entry.
+    assert any(node.op == "log" for node in program.nodes)
+    assert not any("log(" in line for line in (*row, *body))
+    assert any("exp(" in line for line in row)
+    assert not any(re.search(r"\bl\b|\br\b", line) for line in row)
     assert all(re.search(r"\bl\b|\br\b|\bt\d+\b", line) for line in body)
+
+
+def test_what_a_kernel_has_at_hand_is_not_computed_again() -> None:
+    _, body = trace(shipped("rkl")).render(PYTHON_SYNTAX, lambda name, code: f"{name} = {code}", given=GIVEN)
+    assert not any("l - r" in line or "r - l" in line for line in body)
+    assert any(re.search(r"\bd\b", line) for line in body)
 
 
 def test_what_no_result_needs_is_dropped() -> None:
@@ -150,6 +183,9 @@ def test_what_no_result_needs_is_dropped() -> None:
 
         def slope(self, l: Value, r: Value) -> Value:
             return 0.0 * l
+
+        def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+            return self.slope(l, r)
 
     assert not any(node.op in ("log", "param") for node in trace(Wasteful()).nodes)
 
@@ -208,6 +244,17 @@ def test_log_mixture_at_every_weight_and_at_masked_tokens(weight: float) -> None
     scaled = torch.log(weight * (l - shift).exp() + (1 - weight) * (r - shift).exp()) + shift
     result = log_mixture(l, r, weight)
     torch.testing.assert_close(result, torch.where(torch.isinf(expected), scaled, expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0])
+def test_log_ratios_at_every_weight_and_at_masked_tokens(weight: float) -> None:
+    l, r = grid()
+    m = log_mixture(r, l, weight)
+    by_p, by_q = log_ratios(l, r, weight)
+    for result, side in ((by_p, r), (by_q, l)):
+        counts = ~torch.isinf(side)
+        result = torch.as_tensor(result, dtype=torch.float64).expand_as(l)
+        torch.testing.assert_close(result[counts], (m - side)[counts], rtol=1e-12, atol=1e-13)
 
 
 def test_phi_keeps_its_digits_near_zero() -> None:

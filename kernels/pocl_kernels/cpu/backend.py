@@ -177,15 +177,14 @@ def evened(rows: int, most: int) -> int:
 
 
 def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
-    function = None
     assert plan.divergence is not None
-    if dtype == torch.float32:
-        function = compiler.load(compiler.divergence_source(trace(plan.divergence)), "divergence_rows")
+    program = trace(plan.divergence)
+    function = compiler.load(compiler.divergence_source(program), "divergence_rows") if dtype == torch.float32 else None
     if function is None:
         return eager.divergence_rows
     native = function
-    values = plan.divergence.parameters()
-    parameters = (ctypes.c_float * max(1, len(values)))(*values)
+    values = program.uniform_values(plan.divergence.parameters())
+    uniforms = (ctypes.c_float * max(1, len(values)))(*values)
 
     def run(
         zs: Tensor,
@@ -216,7 +215,7 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
             ctypes.c_float(1.0 / plan.temperature),
             ctypes.c_float(plan.slope_coefficient),
             ctypes.c_float(plan.ce_weight),
-            parameters,
+            uniforms,
         )
         own = [(_pointer(s), _pointer(out), ctypes.c_int(want_grad)) for s in scratch]
         _parallel(native, zs.shape[0], arguments, own)

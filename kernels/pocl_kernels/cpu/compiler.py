@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pocl_kernels.scalar import Program
+from pocl_kernels.scalar import GIVEN, Program, name_of
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -51,12 +51,14 @@ C_SYNTAX = {
 
 def divergence_source(program: Program) -> str:
     """C source of the divergence row kernel for one traced definition."""
-    uniform, body = program.render(
-        C_SYNTAX, lambda name, expression: f"const float {name} = {expression};", given_exponentials=True
+    row, body = program.render(
+        C_SYNTAX,
+        lambda name, expression: f"const float {name} = {expression};",
+        given=GIVEN | {"exp l": "q", "exp r": "p"},
     )
-    parameters = [f"const float {name} = param[{i}];" for i, name in enumerate(program.parameters)]
+    given = [f"const float {name_of(node)} = uniform[{i}];" for i, node in enumerate(program.uniforms)]
     text = (SOURCES / "divergence_rows.c").read_text()
-    text = text.replace("/*UNIFORM*/", "\n    ".join(parameters + uniform))
+    text = text.replace("/*ROW*/", "\n    ".join(given + row))
     return text.replace("/*BODY*/", "\n            ".join(body))
 
 

@@ -9,7 +9,7 @@
  * the part of the gradient that needs no c. Pass 3: one multiply-add. The code between the markers is printed from the divergence's definition. */
 
 INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, float scale, int64_t label, float w, float A,
-                float B, const float *param, float *scratch, float *out, const int want_grad, const int with_ce, const int tempered, const int ce_grad) {
+                float B, const float *uniform, float *scratch, float *out, const int want_grad, const int with_ce, const int tempered, const int ce_grad) {
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;
     float *es = scratch, *et = es + V, *shift_s = et + V, *shift_t = shift_s + blocks;
     const lse_t S = log_sum_exp(zs, V, inv_T, es, shift_s), R = log_sum_exp(zt, V, inv_T, et, shift_t);
@@ -20,20 +20,27 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
     double D = 0.0, c = 0.0, H = 0.0;
     float jacobian_label = scale;
     if (with_ce && softcap > 0.0f) jacobian_label = scale * (1.0f - z_label * inv_softcap * z_label * inv_softcap);
-    /*UNIFORM*/
+    /* The anchor: l and r of the student's most probable token, to which all slopes are relative. */
+    int64_t top = S.block;
+    while (top + 1 < V && !(zs[top] * inv_T == S.max)) top++;
+    const float l0 = -S.log_sum, r0 = (zt[top] * inv_T - R.max) - R.log_sum;
+    const float shift = (float)(((double)S.max - (double)R.max) + log(S.sum / R.sum));
+    const float d0 = (zs[top] - zt[top]) * inv_T - shift;
+    /*ROW*/
     for (int64_t b = 0; b < V; b += BLOCK) {
         const int64_t end = b + BLOCK < V ? b + BLOCK : V;
         const float to_q = (float)(exp((double)shift_s[b / BLOCK] - (double)S.max) / S.sum);
         const float to_p = (float)(exp((double)shift_t[b / BLOCK] - (double)R.max) / R.sum);
-        float d = 0.0f, cb = 0.0f, h = 0.0f;
-#pragma omp simd reduction(+ : d, cb, h)
+        float Db = 0.0f, cb = 0.0f, h = 0.0f;
+#pragma omp simd reduction(+ : Db, cb, h)
         for (int64_t j = b; j < end; j++) {
             const float z = zs[j];
             const float l = (z * inv_T - S.max) - S.log_sum;
             const float r = (zt[j] * inv_T - R.max) - R.log_sum;
+            const float d = (z - zt[j]) * inv_T - shift;  /* l - r, with the digits that both have lost */
             const float q = es[j] * to_q, p = et[j] * to_p;
             /*BODY*/
-            d += value;
+            Db += value;
             cb += slope;
             h -= q == 0.0f ? 0.0f : q * l;
             if (want_grad) {
@@ -45,7 +52,7 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
                 zs[j] = J * q;
             }
         }
-        D += (double)d;
+        D += (double)Db;
         c += (double)cb;
         H += (double)h;
     }
@@ -64,12 +71,12 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
  * block of 1024, for the caller's thread alone. */
 void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, const float *bias_s, const float *bias_t,
                      float scale_s, float softcap_s, float scale_t, float softcap_t, const int64_t *labels, const float *w,
-                     float inv_T, float A, float B, const float *param, float *scratch, float *out, int want_grad) {
+                     float inv_T, float A, float B, const float *uniform, float *scratch, float *out, int want_grad) {
     for (int64_t i = first; i < last; i++) {
         float *s = zs + i * V, *t = zt + i * V, *o = out + 3 * i;
         transform(s, V, bias_s, scale_s, softcap_s);
         transform(t, V, bias_t, scale_t, softcap_t);
-#define ROW(G, C, T, CG) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, param, scratch, o, G, C, T, CG)
+#define ROW(G, C, T, CG) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, uniform, scratch, o, G, C, T, CG)
         if (want_grad && labels && B != 0.0f) {
             if (inv_T == 1.0f) ROW(1, 1, 0, 1);
             else ROW(1, 1, 1, 1);

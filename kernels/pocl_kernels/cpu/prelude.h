@@ -74,13 +74,14 @@ INLINE void transform(float *z, int64_t V, const float *bias, float scale, float
 
 /* log sum e^u = max + log_sum, log_sum = ln(sum), u = z * inv_T. A softmax is to be had by the sum: to round log_sum moves
  * all of a row's probabilities one way, and their gradient with them. */
-typedef struct { float max, log_sum; double sum; } lse_t;
+typedef struct { float max, log_sum; double sum; int64_t block; } lse_t;  /* block: starts the one with the maximum */
 
 /* Online over blocks: one read of the row from memory, block maximum and sum from L1. With e: also stores
  * e^(u - shift), where shift[b] is the running maximum at block b, so that the softmax needs no second exponential. */
 INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float *shift) {
     float m = -INFINITY;
     double S = 0.0;
+    int64_t block = 0;
     for (int64_t b = 0; b < V; b += BLOCK) {
         const int64_t end = b + BLOCK < V ? b + BLOCK : V;
         float bm = -INFINITY;
@@ -90,6 +91,7 @@ INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float
         if (bm > m) {
             S *= exp((double)m - (double)bm);
             m = bm;
+            block = b;
         }
         const float by = m == -INFINITY ? 0.0f : m;  /* so far only masked logits */
         float s = 0.0f;
@@ -107,6 +109,6 @@ INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float
         }
         S += (double)s;
     }
-    const lse_t result = {m, (float)log(S), S};
+    const lse_t result = {m, (float)log(S), S, block};
     return result;
 }

@@ -36,7 +36,7 @@ def divergence_rows(
         y = _transform(zt[part], bias_t, plan.teacher_scale, plan.teacher_softcap)
         l = _log_softmax(z / plan.temperature, group)
         r = _log_softmax(y / plan.temperature, group)
-        q, slope = l.exp(), plan.divergence.slope(l, r)
+        q, slope = l.exp(), plan.divergence.relative_slope(l, r, *_anchor(l, r, group))
         sums = torch.zeros(z.shape[0], 5, dtype=z.dtype, device=z.device)
         sums[:, 0] = plan.divergence.value(l, r).sum(-1)
         sums[:, 2] = -weighted(q, l).sum(-1)
@@ -96,6 +96,16 @@ def _log_softmax(u: Tensor, group: VocabularyGroup | None) -> Tensor:
     largest = group.maximum(u.amax(-1, keepdim=True))
     total = group.sum((u - largest).exp().sum(-1, keepdim=True))
     return (u - largest) - total.log()
+
+
+def _anchor(l: Tensor, r: Tensor, group: VocabularyGroup | None) -> tuple[Tensor, Tensor]:
+    """l and r of the student's most probable token, to which all slopes are relative: ``[n, 1]`` each."""
+    l0, top = l.max(-1, keepdim=True)
+    r0 = r.gather(-1, top)
+    if group is not None:
+        own, l0 = l0, group.maximum(l0.clone())
+        r0 = group.maximum(torch.where(own == l0, r0, -torch.inf))
+    return l0, r0
 
 
 def _local(labels: Tensor, V: int, group: VocabularyGroup | None) -> tuple[Tensor, Tensor]:

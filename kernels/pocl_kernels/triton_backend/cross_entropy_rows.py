@@ -33,15 +33,15 @@ def cross_entropy_rows(
         z = load_logits(logits, bias, start + tl.arange(0, BLOCK), V, width, scale, softcap)
         S = add_exp(lane_max, S, z, 1.0)
         lane_max = tl.maximum(lane_max, z)
-    max_z, log_S = join_exp(lane_max, S, 1.0)
-    tl.store(results + row, (max_z - z_label) + log_S)
+    max_z, S = join_exp(lane_max, S, 1.0)
+    tl.store(results + row, (max_z - z_label) + tl.log(S))
 
     if gradient is not None:
         w = tl.load(row_scale + row).to(tl.float32)
         for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z = load_logits(logits, bias, cols, V, width, scale, softcap)
-            g = tl.exp((z - max_z) - log_S) - tl.where(cols == label, 1.0, 0.0)
+            g = tl.exp(z - max_z) * (1.0 / S) - tl.where(cols == label, 1.0, 0.0)
             g = tl.where(cols < V, w * jacobian(z, scale, softcap) * g, 0.0).to(gradient.dtype.element_ty)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
 

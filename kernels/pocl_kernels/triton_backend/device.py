@@ -86,16 +86,32 @@ def add_exp(m, S, z, rate):
 
 @triton.jit
 def join_exp(m, S, rate):
-    """The lanes' sums as one: the log of the sum above the common maximum ``m_all``, which is returned too."""
+    """The lanes' sums as one: the common maximum, and the sum above it."""
     m_all = tl.max(m, 0)
-    return m_all, tl.log(tl.sum(S * tl.exp((m - m_all) * rate), 0))
+    return m_all, tl.sum(S * tl.exp((m - m_all) * rate), 0)
 
 
 @triton.jit
-def projection_gradient(z, q, slope, c, slope_coefficient, shifted_1, ce_weight, is_label, w, scale, softcap):
-    """``w J [A (slope - q c) + B (q_1 - 1[label])]``; ``shifted_1``: log q_1 at temperature 1, or None."""
+def log_probabilities(z, maximum, S, log_S, inv_T):
+    """Log-probabilities and probabilities. The latter by the sum: to round its log moves all of a row's one way."""
+    u = (z - maximum) * inv_T
+    return u - log_S, tl.exp(u) * (1.0 / S)
+
+
+@triton.jit
+def anchor(max_s, max_t, log_s, log_t, z_t, inv_T):
+    """``shift`` for ``l - r = (z_s - z_t) / T - shift``, exact where both models are close; and l, r and l - r of the
+    anchor: the student's most probable token, to which the teacher gives the logit ``z_t``. Slopes are relative to it.
+    """
+    shift = (max_s - max_t) * inv_T - (log_t - log_s)
+    return shift, -log_s, (z_t - max_t) * inv_T - log_t, (max_s - z_t) * inv_T - shift
+
+
+@triton.jit
+def projection_gradient(z, q, slope, c, slope_coefficient, q_1, ce_weight, is_label, w, scale, softcap):
+    """``w J [A (slope - q c) + B (q_1 - 1[label])]``; ``q_1``: at temperature 1, or None."""
     # Without weight an infinite slope is nothing, nor is a row.
     g = tl.where(slope_coefficient == 0.0, 0.0, slope_coefficient * (slope - q * c))
-    if shifted_1 is not None:
-        g += ce_weight * (tl.exp(shifted_1) - tl.where(is_label, 1.0, 0.0))
+    if q_1 is not None:
+        g += ce_weight * (q_1 - tl.where(is_label, 1.0, 0.0))
     return tl.where(w == 0.0, 0.0, w * jacobian(z, scale, softcap) * g)

@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import add_exp, join_exp, load_logit, load_logits, projection_gradient
+from pocl_kernels.triton_backend.device import (
+    add_exp,
+    anchor,
+    join_exp,
+    load_logit,
+    load_logits,
+    log_probabilities,
+    projection_gradient,
+)
 
 BLOCK = 2048
 
@@ -58,6 +66,7 @@ def divergence_rows(
     S_s = tl.zeros([BLOCK], tl.float32)
     S_t = tl.zeros([BLOCK], tl.float32)
     S_1 = tl.zeros([BLOCK], tl.float32)
+    z_t = tl.full([BLOCK], -float("inf"), tl.float32)  # the teacher's logit where the student's is largest
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
@@ -66,6 +75,8 @@ def divergence_rows(
         S_t = add_exp(m_t, S_t, zt, inv_T)
         if labels is not None:
             S_1 = add_exp(m_s, S_1, zs, 1.0)
+        if SLOPE_SUM is None and gradient is not None:
+            z_t = tl.where(zs > m_s, zt, z_t)
         m_s = tl.maximum(m_s, zs)
         m_t = tl.maximum(m_t, zt)
     # The label's logit is read before the sums are joined, where all warps wait for each other: soon after, a faster
@@ -75,12 +86,13 @@ def divergence_rows(
     if labels is not None:
         label = tl.load(labels + row).to(tl.int32)
         z_label = load_logit(student, bias_s, label, scale_s, softcap_s)
-    max_s, log_s = join_exp(m_s, S_s, inv_T)
-    max_t, log_t = join_exp(m_t, S_t, inv_T)
-    log_1 = 0.0
-    if labels is not None:
-        log_1 = join_exp(m_s, S_1, 1.0)[1]
-    tl.store(results + row * 3 + 1, (max_s - z_label) + log_1 if labels is not None else 0.0)
+    max_s, S_s = join_exp(m_s, S_s, inv_T)
+    max_t, S_t = join_exp(m_t, S_t, inv_T)
+    log_s = tl.log(S_s)
+    log_t = tl.log(S_t)
+    shift, l0, r0, d0 = anchor(max_s, max_t, log_s, log_t, tl.max(tl.where(m_s == max_s, z_t, -float("inf")), 0), inv_T)
+    S_1 = join_exp(m_s, S_1, 1.0)[1]
+    tl.store(results + row * 3 + 1, (max_s - z_label) + tl.log(S_1) if labels is not None else 0.0)
 
     # Pass 2: D, c and the entropy; the gradient too where it need not wait for c.
     D = tl.zeros([BLOCK], tl.float32)
@@ -91,18 +103,17 @@ def divergence_rows(
         inside = cols < V
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
         zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
-        l = (zs - max_s) * inv_T - log_s
-        r = (zt - max_t) * inv_T - log_t
-        value, slope = term(l, r, uniforms)
-        q = tl.exp(l)
+        l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
+        r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
+        value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)
         D += tl.where(inside, value, 0.0)
         H -= tl.where(q == 0.0, 0.0, q * l)
         if SLOPE_SUM is None:
             C += tl.where(inside, slope, 0.0)
         elif gradient is not None:
-            l_1 = (zs - max_s) - log_1 if labels is not None else None
+            q_1 = tl.exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
-                zs, q, slope, SLOPE_SUM, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
+                zs, q, slope, SLOPE_SUM, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
             g = tl.where(inside, g, 0.0).to(gradient.dtype.element_ty)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
@@ -116,12 +127,12 @@ def divergence_rows(
             cols = start + tl.arange(0, BLOCK)
             zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
-            l = (zs - max_s) * inv_T - log_s
-            r = (zt - max_t) * inv_T - log_t
-            slope = term(l, r, uniforms)[1]
-            l_1 = (zs - max_s) - log_1 if labels is not None else None
+            l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
+            r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
+            slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)[1]
+            q_1 = tl.exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
-                zs, tl.exp(l), slope, c, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
+                zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
             g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)

@@ -24,6 +24,7 @@ from pocl_kernels.triton_backend import steps
 from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights, tile_shape
 from pocl_kernels.triton_backend.projection import Projection, Rows
 from pocl_kernels.triton_backend.steps import Task, Tile
+from pocl_kernels.triton_backend.terms import program_of
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -40,19 +41,22 @@ def forward(
     height, width = _shape(student, teacher, chunks, workspace_mb, group)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     states = results.new_zeros(st.STATES, chunks.count)
+    anchored = _anchored(task)
     one_pass = task.divergence is not None and task.divergence.kl_weights is not None
     for rows, part in chunks.of(height):
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
         sums = st.empty_sums(part.stop - part.start, student.dtype, results.device)
         for tile in steps.tiles(student, teacher, width):
-            steps.statistics(tile, labels, _offset(group), task, one_pass, sums)
+            steps.statistics(tile, labels, _offset(group), task, one_pass, anchored, sums)
         if group is not None:
             st.over_processes(sums, group, task.transforms.rate)
         state = st.state_of(sums)
         if task.divergence is not None:
             if task.divergence.kl_weights is not None:
                 D, c = st.weighted_kl(sums, task.divergence.kl_weights)
+                if anchored:
+                    c -= st.slope_at_anchor(state, task.transforms.rate, task.divergence.kl_weights)
             else:
                 D, c = _second_pass(steps.tiles(student, teacher, width), state, task, group)
             results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = D, c
@@ -103,7 +107,7 @@ def at_once(
         _take(student, teacher, rows)
         (tile,) = steps.tiles(student, teacher, student.V)
         sums = st.empty_sums(part.stop - part.start, student.dtype, results.device)
-        steps.statistics(tile, labels, group.offset, task, False, sums)
+        steps.statistics(tile, labels, group.offset, task, False, _anchored(task), sums)
         st.over_processes(sums, group, task.transforms.rate)
         state = st.state_of(sums)
         results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = _second_pass([tile], state, task, group)
@@ -161,6 +165,10 @@ def _take(student: Projection, teacher: Projection | None, rows: Rows) -> None:
     student.take(rows)
     if teacher is not None:
         teacher.take(rows)
+
+
+def _anchored(task: Task) -> bool:
+    return task.divergence is not None and program_of(type(task.divergence)).anchored
 
 
 def _offset(group: VocabularyGroup | None) -> int:

@@ -39,13 +39,12 @@ SUM_E = tl.constexpr(6)
 SUM_F = tl.constexpr(7)
 SUM_R = tl.constexpr(8)
 LABEL = tl.constexpr(9)  # the label's logit
-SUMS = 10
+TOP = tl.constexpr(10)  # the teacher's logit where the student's is largest: the anchor's, see device.py
+SUMS = 11
 
-# Rows of the state, [STATES, n]: l = (z_s - M_s) / T - LOG_S, r likewise, log softmax(z_s) = z_s - M_s - LOG_1.
-LOG_S = tl.constexpr(2)  # after MAX_S and MAX_T
-LOG_T = tl.constexpr(3)
-LOG_1 = tl.constexpr(4)
+# Rows of the state, [STATES, n]: the first five of the sums, and
 SLOPE_SUM = tl.constexpr(5)
+TOP_T = tl.constexpr(6)
 STATES = STATE_ROWS
 
 # Rows of the second pass, [2, n].
@@ -56,7 +55,7 @@ SLOPE = tl.constexpr(1)
 def empty_sums(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The sums over no entries."""
     sums = torch.zeros(SUMS, rows, dtype=dtype, device=device)
-    sums[: SUM_S.value] = -torch.inf
+    sums[: SUM_S.value] = sums[TOP.value] = -torch.inf
     return sums
 
 
@@ -94,15 +93,18 @@ def ratio_terms(a: Tensor, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 def over_processes(sums: Tensor, group: VocabularyGroup, rate: float) -> None:
     """From the sums over this process's share of the vocabulary, in place, those over all of it."""
-    raise_maxima(sums, group.maximum(sums[: SUM_S.value].clone()), rate)
-    sums[SUM_S.value :] = group.sum(sums[SUM_S.value :].contiguous())
+    maxima = group.maximum(sums[: SUM_S.value].clone())
+    own = torch.where(sums[MAX_S.value] == maxima[MAX_S.value], sums[TOP.value], -torch.inf)
+    raise_maxima(sums, maxima, rate)
+    sums[SUM_S.value : TOP.value] = group.sum(sums[SUM_S.value : TOP.value].contiguous())
+    sums[TOP.value] = group.maximum(own)
 
 
 def state_of(sums: Tensor) -> Tensor:
     """The state that the sums over the whole vocabulary amount to; the sum of the slopes is still 0."""
     state = sums[:STATES].clone()
-    state[LOG_S.value :].log_()
     state[SLOPE_SUM.value] = 0.0
+    state[TOP_T.value] = sums[TOP.value]
     return state
 
 
@@ -116,8 +118,18 @@ def entropy(sums: Tensor) -> Tensor:
     return sums[SUM_S.value].log() - sums[SUM_U.value] / sums[SUM_S.value]
 
 
+def anchor(state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """l and r of the student's most probable token, to which slopes are relative; the kernels' twin is in
+    ``device.py``.
+    """
+    l0 = -state[SUM_S.value].log()
+    return l0, (state[TOP_T.value] - state[MAX_T.value]) * rate - state[SUM_T.value].log()
+
+
 def weighted_kl(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """``D = a KL(p, q) + b KL(q, p)`` of each row and the sum of its slopes, ``b KL(q, p) - a``."""
+    """``D = a KL(p, q) + b KL(q, p)`` of each row and the sum of the slopes ``b q (l - r) - a p``, ``b KL(q, p) - a``;
+    both in double precision, for what is still to be taken from them.
+    """
     a, b = weights
     S_s, S_t, E, F, R = (sums[i.value].double() for i in (SUM_S, SUM_T, SUM_E, SUM_F, SUM_R))
 
@@ -127,4 +139,14 @@ def weighted_kl(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Ten
     # A part without weight must not enter: 0 * inf is not 0.
     forward = a * (F / S_t - excess(E / S_t)) if a else torch.zeros_like(F)
     reverse = b * (R / S_s - excess(-E / S_s)) if b else torch.zeros_like(F)
-    return (forward + reverse).to(sums.dtype), (reverse - a).to(sums.dtype)
+    return forward + reverse, reverse - a
+
+
+def slope_at_anchor(state: Tensor, rate: float, weights: tuple[float, float]) -> Tensor:
+    """``b (l - r) - a p / q`` of the anchor, in double precision: what relative slopes of a weighted KL have less than
+    those above, for each unit of q.
+    """
+    a, b = weights
+    largest_t, S_s, S_t, top_t = (state[i.value].double() for i in (MAX_T, SUM_S, SUM_T, TOP_T))
+    d = (largest_t - top_t) * rate - (S_s / S_t).log()
+    return (b * d if b else torch.zeros_like(d)) - (a * (-d).exp() if a else torch.zeros_like(d))

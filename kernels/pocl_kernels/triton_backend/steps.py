@@ -82,8 +82,12 @@ def tiles(student: Projection, teacher: Projection | None, width: int) -> Iterat
         )
 
 
-def statistics(tile: Tile, labels: Tensor | None, offset: int, task: Task, kl: bool, sums: Tensor) -> None:
-    """Merge a tile into the sums. ``offset``: token of the projection's first column; ``kl``: E, F and R as well."""
+def statistics(
+    tile: Tile, labels: Tensor | None, offset: int, task: Task, kl: bool, anchored: bool, sums: Tensor
+) -> None:
+    """Merge a tile into the sums. ``offset``: token of the projection's first column; ``kl``: E, F and R as well;
+    ``anchored``: the anchor too.
+    """
     first = offset + tile.columns.start
     if sums.dtype == torch.float64:
         tiles_eager.statistics(*_transformed(tile, task), labels, first, task.transforms.rate, kl, sums)
@@ -91,7 +95,7 @@ def statistics(tile: Tile, labels: Tensor | None, offset: int, task: Task, kl: b
     n = sums.shape[1]
     tile_statistics.tile_statistics[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, labels, sums, *_shape(tile), n, first, *task.transforms,
-        KL=kl, BLOCK=tile_statistics.BLOCK, **launch.on(tile.student.device),
+        KL=kl, TOP_TOO=anchored, BLOCK=tile_statistics.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 
 

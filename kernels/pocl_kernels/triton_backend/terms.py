@@ -1,8 +1,9 @@
 """Prints a divergence's definition as a Triton function, so that no kernel here knows a divergence.
 
-The kernels call ``term(l, r, uniforms) -> (value, slope)``. Whatever depends on the run-time parameters alone (``log(1
-- skew)`` and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule
-that changes a parameter at every step never compiles anew. Two divergences with the same code share one function.
+The kernels call ``term(l, r, q, p, d, l0, r0, d0, uniforms) -> (value, slope)``, d = l - r; the slope is relative to the
+anchor, whose l and r are l0 and r0 (``device.py``). Whatever depends on the run-time parameters alone (``log(1 - skew)``
+and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule that changes a
+parameter at every step never compiles anew. Two divergences with the same code share one function.
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from pocl_kernels import scalar
 from pocl_kernels.divergences import Divergence
-from pocl_kernels.scalar import Program, Scalar, trace
+from pocl_kernels.scalar import GIVEN, Program, name_of, trace
 
 TRITON_SYNTAX = {
     "const": "{0}",
@@ -37,86 +35,44 @@ TRITON_SYNTAX = {
 }
 
 
-def _divide(x: float, y: float) -> float:
-    if y != 0.0:
-        return x / y
-    return math.nan if x == 0.0 or math.isnan(x) else math.copysign(math.inf, x) * math.copysign(1.0, y)
-
-
-_ON_HOST: dict[str, Callable[..., Any]] = {
-    "add": lambda x, y: x + y,
-    "sub": lambda x, y: x - y,
-    "mul": lambda x, y: x * y,
-    "div": _divide,
-    "neg": lambda x: -x,
-    "lt": lambda x, y: x < y,
-    "eq": lambda x, y: x == y,
-    "where": lambda c, x, y: x if c else y,
-    "exp": scalar.exp,
-    "log": scalar.log,
-    "abs": abs,
-}
-
-
 class Term(NamedTuple):
     """A divergence as the kernels take it: the compiled-in function and this call's numbers for it."""
 
-    function: Any  # @triton.jit: (l, r, uniforms) -> (value, slope)
+    function: Any  # @triton.jit: (l, r, q, p, d, l0, r0, d0, uniforms) -> (value, slope)
     uniforms: tuple[float, ...]
 
 
 def term_of(divergence: Divergence) -> Term:
     """The Triton function of a divergence, made once for each distinct code, and its run-time numbers."""
-    program = _program(type(divergence))
-    uniforms = _uniform_values(program, dict(zip(program.parameters, divergence.parameters(), strict=True)))
-    return Term(_function(source(program)), uniforms)
+    program = program_of(type(divergence))
+    return Term(_function(source(program)), tuple(float(x) for x in program.uniform_values(divergence.parameters())))
 
 
 def slope_sum(divergence: Divergence) -> float | None:
     """``sum slope`` where it is the same for all rows, else None: -a for D = a KL(p, q), whose slope is -a p."""
     weights = divergence.kl_weights
-    return -weights[0] if weights is not None and weights[1] == 0.0 else None
+    known = weights is not None and weights[1] == 0.0 and not program_of(type(divergence)).anchored
+    return -weights[0] if known and weights is not None else None
 
 
 @functools.cache
-def _program(kind: type[Divergence]) -> Program:
-    return trace(object.__new__(kind))  # the fields' values play no part in the code
+def program_of(kind: type[Divergence]) -> Program:
+    """The traced definition of a class; the fields' values play no part in the code."""
+    return trace(object.__new__(kind))
 
 
 def source(program: Program) -> str:
     """Python source of the Triton function of one traced definition."""
-    _, body = program.render(TRITON_SYNTAX, lambda name, expression: f"{name} = {expression}")
+    row, body = program.render(
+        TRITON_SYNTAX, lambda name, expression: f"{name} = {expression}", given=GIVEN | {"exp l": "q", "exp r": "p"}
+    )
     # A condition on the parameters travels as 0 or 1.
     unpack = [
-        f"{_name(node)} = uniforms[{i}]" + (" != 0.0" if node.op in ("lt", "eq") else "")
-        for i, node in enumerate(_uniforms(program))
+        f"{name_of(node)} = uniforms[{i}]" + (" != 0.0" if node.op in ("lt", "eq") else "")
+        for i, node in enumerate(program.uniforms)
     ]
-    lines = "\n".join(f"    {line}" for line in (*unpack, *body))
-    return f"@triton.jit\ndef term(l, r, uniforms):\n{lines}\n    return value, slope\n"
-
-
-def _name(node: Scalar) -> str:
-    return str(node.payload) if node.op == "param" else f"t{node.index}"
-
-
-def _uniforms(program: Program) -> list[Scalar]:
-    """The nodes without l or r that the loop body reads; constants are printed in place."""
-    results = (program.value, program.slope)
-    used = {a.index for n in program.nodes if not n.uniform and n.op != "input" for a in n.args}
-    used |= {n.index for n in results}
-    return [n for n in program.nodes if n.uniform and n.op != "const" and n.index in used]
-
-
-def _uniform_values(program: Program, parameters: dict[str, float]) -> tuple[float, ...]:
-    values: dict[int, Any] = {}
-    for node in program.nodes:
-        if node.op == "const":
-            values[node.index] = node.payload
-        elif node.op == "param":
-            values[node.index] = parameters[str(node.payload)]
-        elif node.uniform:
-            values[node.index] = _ON_HOST[node.op](*(values[a.index] for a in node.args))
-    return tuple(float(values[n.index]) for n in _uniforms(program))
+    lines = "\n".join(f"    {line}" for line in (*unpack, *row, *body))
+    return f"@triton.jit\ndef term(l, r, q, p, d, l0, r0, d0, uniforms):\n{lines}\n    return value, slope\n"
 
 
 @functools.cache

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import jacobian, load_logits, projection_gradient
-from pocl_kernels.triton_backend.state import LOG_1, LOG_S, LOG_T, MAX_S, MAX_T, SLOPE_SUM
+from pocl_kernels.triton_backend.device import anchor, jacobian, load_logits, log_probabilities, projection_gradient
+from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE_SUM, SUM_1, SUM_S, SUM_T, TOP_T
 
 BLOCK = 2048
 
@@ -52,34 +52,39 @@ def tile_gradient(
     step = n.to(tl.int64)
     w = tl.load(row_scale + row).to(tl.float32)
     max_s = tl.load(state + MAX_S * step)
-    log_1 = tl.load(state + LOG_1 * step)
+    S_1 = tl.load(state + SUM_1 * step)
     label = -1
     if labels is not None:
         label = tl.load(labels + row).to(tl.int32) - first
     max_t = 0.0
-    log_s = 0.0
-    log_t = 0.0
+    S_s = 1.0
+    S_t = 1.0
     c = 0.0
+    z_t = 0.0
     if teacher is not None:
         teacher += row * stride16 * 16
-        log_s = tl.load(state + LOG_S * step)
-        log_t = tl.load(state + LOG_T * step)
+        S_s = tl.load(state + SUM_S * step)
+        S_t = tl.load(state + SUM_T * step)
         max_t = tl.load(state + MAX_T * step)
         c = tl.load(state + SLOPE_SUM * step)
+        z_t = tl.load(state + TOP_T * step)
+    log_s = tl.log(S_s)
+    log_t = tl.log(S_t)
+    shift, l0, r0, d0 = anchor(max_s, max_t, log_s, log_t, z_t, inv_T)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
         if teacher is None:
-            g = ce_weight * (tl.exp((zs - max_s) - log_1) - tl.where(cols == label, 1.0, 0.0))
+            g = ce_weight * (tl.exp(zs - max_s) * (1.0 / S_1) - tl.where(cols == label, 1.0, 0.0))
             g = w * jacobian(zs, scale_s, softcap_s) * g
         else:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
-            l = (zs - max_s) * inv_T - log_s
-            r = (zt - max_t) * inv_T - log_t
-            slope = term(l, r, uniforms)[1]
-            l_1 = (zs - max_s) - log_1 if labels is not None else None
+            l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
+            r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
+            slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)[1]
+            q_1 = tl.exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
-                zs, tl.exp(l), slope, c, slope_coefficient, l_1, ce_weight, cols == label, w, scale_s, softcap_s
+                zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
         g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
         tl.store(gradient + cols, g, mask=cols < width)
@@ -87,6 +92,6 @@ def tile_gradient(
 
 def cost(rows: int, width: int, *, teacher: bool, labels: bool, gradient_bytes: int, logit_bytes: int = 4) -> Cost:
     """Bytes and flops of one launch; the definition's own arithmetic comes on top."""
-    moved = rows * (width * (logit_bytes * (2 if teacher else 1) + gradient_bytes) + 4 + 4 * (6 if teacher else 2))
+    moved = rows * (width * (logit_bytes * (2 if teacher else 1) + gradient_bytes) + 4 + 4 * (7 if teacher else 2))
     flops = rows * width * ((12 if teacher else 2) + (4 if labels else 0))
     return Cost(moved + (8 * rows if labels else 0), flops)

@@ -23,6 +23,7 @@ from pocl_kernels.triton_backend.state import (
     SUM_S,
     SUM_T,
     SUM_U,
+    TOP,
 )
 
 BLOCK = 1024  # more live sums than elsewhere: 4 lanes a thread
@@ -65,6 +66,7 @@ def tile_statistics(
     softcap_t,
     inv_T,
     KL: tl.constexpr,  # E, F and R as well
+    TOP_TOO: tl.constexpr,  # the teacher's logit where the student's is largest as well
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -95,9 +97,17 @@ def tile_statistics(
         F = lanes(sums + SUM_F * step, BLOCK)
         R = lanes(sums + SUM_R * step, BLOCK)
 
+    top_s = tl.full([BLOCK], -float("inf"), tl.float32)
+    top_t = top_s
+    if TOP_TOO:
+        here = tl.arange(0, BLOCK) == 0
+        top_s = tl.where(here, m_s, top_s)
+        top_t = tl.where(here, tl.load(sums + TOP * step), top_t)
+
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
+        raw_s = zs
         new_s = tl.maximum(m_s, tl.max(zs, 0))
         raised = rise(m_s, new_s)
         m_s = new_s
@@ -128,6 +138,9 @@ def tile_statistics(
             new_t = tl.maximum(m_t, tl.max(zt, 0))
             S_t = tl.exp(-rise(m_t, new_t) * inv_T) * S_t + tl.exp(below(zt, new_t) * inv_T)
             m_t = new_t
+        if TOP_TOO:
+            top_t = tl.where(raw_s > top_s, zt, top_t)
+            top_s = tl.maximum(top_s, raw_s)
         U = keep_s * (U - d_s * S_s) + tl.where(b == 0.0, 0.0, b * u)
         S_s = keep_s * S_s + b
         S_1 = tl.exp(-raised) * S_1 + tl.exp(zs)
@@ -139,6 +152,8 @@ def tile_statistics(
     if teacher is not None:
         tl.store(sums + MAX_T * step, m_t)
         tl.store(sums + SUM_T * step, tl.sum(S_t, 0))
+    if TOP_TOO:
+        tl.store(sums + TOP * step, tl.max(tl.where(top_s == m_s, top_t, -float("inf")), 0))
     if KL:
         tl.store(sums + SUM_E * step, tl.sum(E, 0))
         tl.store(sums + SUM_F * step, tl.sum(F, 0))

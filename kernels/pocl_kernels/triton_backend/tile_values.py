@@ -1,6 +1,6 @@
 """One vocabulary tile's share of each row's divergence and slope sum, once both normalisers are known.
 
-    l = (z_s - M_s) / T - LOG_S, r likewise;   D += sum value(l, r),  c += sum slope(l, r)
+    l = (z_s - M_s) / T - log S_s, r likewise;   D += sum value(l, r),  c += sum slope(l, r)
 
 The second pass of the low-memory mode, for divergences that are not weighted KLs: a mixture of p and q needs both
 normalisers. Shapes as in ``tile_statistics.py``; state [STATES, n]; sums [2, n], read and written. 4 + 4 bytes an
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import load_logits
-from pocl_kernels.triton_backend.state import LOG_S, LOG_T, MAX_S, MAX_T, SLOPE, VALUE
+from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities
+from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE, SUM_S, SUM_T, TOP_T, VALUE
 
 BLOCK = 2048
 
@@ -47,15 +47,21 @@ def tile_values(
     step = n.to(tl.int64)
     max_s = tl.load(state + MAX_S * step)
     max_t = tl.load(state + MAX_T * step)
-    log_s = tl.load(state + LOG_S * step)
-    log_t = tl.load(state + LOG_T * step)
+    S_s = tl.load(state + SUM_S * step)
+    S_t = tl.load(state + SUM_T * step)
+    log_s = tl.log(S_s)
+    log_t = tl.log(S_t)
+    z_t = tl.load(state + TOP_T * step)
+    shift, l0, r0, d0 = anchor(max_s, max_t, log_s, log_t, z_t, inv_T)
     D = tl.zeros([BLOCK], tl.float32)
     C = tl.zeros([BLOCK], tl.float32)
     for start in range(0, width, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        l = (load_logits(student, bias_s, cols, V, width, scale_s, softcap_s) - max_s) * inv_T - log_s
-        r = (load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t) - max_t) * inv_T - log_t
-        value, slope = term(l, r, uniforms)
+        zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
+        zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
+        l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
+        r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
+        value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)
         D += tl.where(cols < V, value, 0.0)
         C += tl.where(cols < V, slope, 0.0)
     tl.store(sums + VALUE * step, tl.load(sums + VALUE * step) + tl.sum(D, 0))
@@ -64,4 +70,4 @@ def tile_values(
 
 def cost(rows: int, width: int, *, logit_bytes: int = 4) -> Cost:
     """Bytes and flops of one launch; the definition's own arithmetic comes on top."""
-    return Cost(rows * (width * 2 * logit_bytes + 4 * 4 + 2 * 2 * 4), rows * width * 10)
+    return Cost(rows * (width * 2 * logit_bytes + 5 * 4 + 2 * 2 * 4), rows * width * 10)

@@ -9,9 +9,6 @@ from pocl_kernels.divergences import Divergence
 from pocl_kernels.scalar import weighted
 from pocl_kernels.triton_backend.state import (
     LABEL,
-    LOG_1,
-    LOG_S,
-    LOG_T,
     MAX_S,
     MAX_T,
     SLOPE,
@@ -23,7 +20,9 @@ from pocl_kernels.triton_backend.state import (
     SUM_S,
     SUM_T,
     SUM_U,
+    TOP,
     VALUE,
+    anchor,
     raise_maxima,
     ratio_terms,
 )
@@ -44,6 +43,10 @@ def statistics(
         here = (label >= 0) & (label < zs.shape[1])
         picked = zs.gather(1, label.clamp(0, zs.shape[1] - 1)[:, None]).squeeze(1)
         sums[LABEL.value] = torch.where(here, picked, sums[LABEL.value])
+    if zt is not None:
+        largest, at = zs.max(1, keepdim=True)
+        rises = largest.squeeze(1) > sums[MAX_S.value]
+        sums[TOP.value] = torch.where(rises, zt.gather(1, at).squeeze(1), sums[TOP.value])
     maxima = torch.stack([zs.amax(1), sums[MAX_T.value] if zt is None else zt.amax(1)])
     raise_maxima(sums, torch.maximum(maxima, sums[: SUM_S.value]), rate)
     zs = _below(zs, sums[MAX_S.value])
@@ -66,25 +69,30 @@ def values(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: 
     """``tile_values.py`` on transformed logits."""
     l, r = _log_probabilities(zs, zt, state, rate)
     sums[VALUE.value] += divergence.value(l, r).sum(1)
-    sums[SLOPE.value] += divergence.slope(l, r).sum(1)
+    sums[SLOPE.value] += divergence.relative_slope(l, r, *_anchor(state, rate)).sum(1)
 
 
 def slopes(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: float) -> Tensor:
     """``slope - q c`` of each entry."""
     l, r = _log_probabilities(zs, zt, state, rate)
-    return divergence.slope(l, r) - l.exp() * state[SLOPE_SUM.value][:, None]
+    return divergence.relative_slope(l, r, *_anchor(state, rate)) - l.exp() * state[SLOPE_SUM.value][:, None]
 
 
 def cross_entropy_gradient(zs: Tensor, labels: Tensor, first: int, state: Tensor) -> Tensor:
     """``softmax(z_s) - 1[label]`` of each entry."""
-    g = ((zs - state[MAX_S.value][:, None]) - state[LOG_1.value][:, None]).exp()
+    g = ((zs - state[MAX_S.value][:, None]) - state[SUM_1.value].log()[:, None]).exp()
     return g - (torch.arange(first, first + zs.shape[1], device=zs.device) == labels[:, None]).to(g.dtype)
 
 
 def _log_probabilities(zs: Tensor, zt: Tensor, state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    l = (zs - state[MAX_S.value][:, None]) * rate - state[LOG_S.value][:, None]
-    r = (zt - state[MAX_T.value][:, None]) * rate - state[LOG_T.value][:, None]
+    l = (zs - state[MAX_S.value][:, None]) * rate - state[SUM_S.value].log()[:, None]
+    r = (zt - state[MAX_T.value][:, None]) * rate - state[SUM_T.value].log()[:, None]
     return l, r
+
+
+def _anchor(state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    l0, r0 = anchor(state, rate)
+    return l0[:, None], r0[:, None]
 
 
 def _below(z: Tensor, maximum: Tensor) -> Tensor:

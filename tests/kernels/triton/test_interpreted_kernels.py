@@ -145,7 +145,7 @@ def tile(zs: Tensor, zt: Tensor, first: int, last: int) -> Tile:
 def sums_over(zs: Tensor, zt: Tensor, bounds: list[int]) -> Tensor:
     sums = state.empty_sums(zs.shape[0], zs.dtype, zs.device)
     for first, last in itertools.pairwise(bounds):
-        steps.statistics(tile(zs, zt, first, last), LABELS, 0, TASK, True, sums)
+        steps.statistics(tile(zs, zt, first, last), LABELS, 0, TASK, True, True, sums)
     return sums
 
 
@@ -188,7 +188,7 @@ def test_a_tile_that_one_model_excludes_is_no_zero_times_infinity() -> None:
     LABELS_INSIDE = LABELS.clamp_min(64)
     sums = state.empty_sums(ROWS, torch.float32, zs.device)
     for first, last in ((0, 32), (32, 96), (96, V)):
-        steps.statistics(tile(zs, zt, first, last), LABELS_INSIDE, 0, TASK, True, sums)
+        steps.statistics(tile(zs, zt, first, last), LABELS_INSIDE, 0, TASK, True, True, sums)
     exact = exact_kls(zs, zt)
     forward, reverse = (state.weighted_kl(sums, weights)[0] for weights in ((1.0, 0.0), (0.0, 1.0)))
     assert relative_error(forward[:2], exact[0][:2]) <= 2e-6
