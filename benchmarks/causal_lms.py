@@ -25,6 +25,7 @@ import torch
 from pocl.models import head_of, project, verify_head, view_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+_BEGIN, _END = "<!-- generated: python -m benchmarks.causal_lms --save -->\n", "<!-- end of generated -->\n"
 VOCABULARY = 96
 _LARGEST = 4_000_000  # parameters; more is a size that nobody has made small
 
@@ -82,6 +83,20 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 48},
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+}
+
+
+# What a part of an error message means, for the table.
+_REASONS = {
+    "sees the tokens": "sees the tokens that it is to predict",
+    "one token at a position": "predicts several tokens at a position",
+    "parameters": "parts whose size no configuration sets",
+    "timm": "needs timm",
+    "validate_architecture": "its sizes do not fit each other",
+    "layer types": "its sizes do not fit each other",
+    "KeyError": "its sizes do not fit each other",
+    "has no attribute": "transformers cannot build it from its own configuration",
+    "tie_weights_keys": "transformers cannot tie its shared layers at this size",
 }
 
 
@@ -181,6 +196,36 @@ def try_class(model_type: str, name: str) -> Outcome:
         return Outcome(model_type, name, "crashed", f"{type(error).__name__}: {error}")
 
 
+def rows_of_table(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """The rows of the page's table by the first cell: every model type of a kind, and for the rest why."""
+    import transformers
+
+    version = transformers.__version__
+    equal = {path: [o.model_type for o in outcomes if o.path == path] for path in ("backbone", "head input")}
+    rows = {
+        f"equal, of the backbone's output (transformers {version})": equal["backbone"],
+        "equal, of what enters the head": equal["head input"],
+    }
+    for result in ("refused", "not built", "crashed"):
+        rows[result] = [f"{o.model_type} ({_in_short(o.reason)})" for o in outcomes if o.result == result]
+    return {f"{what}: {len(found)}": ", ".join(found) for what, found in rows.items() if found}
+
+
+def _in_short(reason: str) -> str:
+    for part, words in _REASONS.items():
+        if part in reason:
+            return words
+    return reason.replace("|", "/")
+
+
+def write_table(outcomes: Sequence[Outcome]) -> None:
+    """Replaces the generated part of the page."""
+    before, _, rest = PAGE.read_text().partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    table = [f"| {what} | {classes} |\n" for what, classes in rows_of_table(outcomes).items()]
+    PAGE.write_text("".join([before, _BEGIN, "| result | model types |\n|---|---|\n", *table, _END, after]))
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Tiny random models make transformers warn about everything."""
@@ -211,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{found.model_type:34} {found.name:40} {found.result:10} {found.path} {found.reason}"[:260],
                     flush=True,
                 )
+    if options.save:
+        write_table(outcomes)
     print({r: sum(o.result == r for o in outcomes) for r in ("equal", "refused", "crashed", "not built")})
 
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.causal_lms import causal_lms, quietly, tiny_causal_lm, try_class
+from benchmarks.causal_lms import PAGE, Outcome, causal_lms, quietly, tiny_causal_lm, try_class
 from pocl import heads
 from pocl.models import head_of, project, view_of
 
@@ -32,6 +32,14 @@ NOT_BUILT = {
 CHUNKS = 12
 
 
+def is_on_the_page(outcome: Outcome) -> bool:
+    """Whether docs/models.md lists it under what came of it."""
+    words = {"backbone": "| equal, of the backbone", "head input": "| equal, of what enters"}
+    kind = words.get(outcome.path, f"| {outcome.result}:")
+    row = next(line for line in PAGE.read_text().splitlines() if line.startswith(kind))
+    return outcome.model_type in {item.split(" (")[0] for item in row.split("|")[2].strip().split(", ")}
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_class_that_can_be_built_is_equal_or_refused_in_words(chunk: int) -> None:
     found = []
@@ -41,6 +49,7 @@ def test_every_class_that_can_be_built_is_equal_or_refused_in_words(chunk: int) 
             reasons = {"refused": REFUSED, "not built": NOT_BUILT}.get(outcome.result, {})
             if outcome.result != "equal" and reasons.get(model_type, "no reason known") not in outcome.reason:
                 found.append(outcome)
+            assert is_on_the_page(outcome), f"python -m benchmarks.causal_lms --save: {outcome}"
     assert found == []
 
 
