@@ -50,9 +50,9 @@ def verify_head(model: nn.Module, tolerance: float = _TOLERANCE, length: int = 8
     view = view_of(model)
     check_is_decoder(view.model)
     check_adapters(model)
-    output = output_embedding_of(view.model)
+    embedding = output_embedding_of(view.model)
     if trained:
-        check_head_dropout(output)
+        check_head_dropout(embedding)
     input_ids = _some_tokens(view, length)
     mask = torch.ones_like(input_ids)
     with in_evaluation_mode(view.model), torch.no_grad():

@@ -44,7 +44,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Of the input embedding: where token ids go."""
-        return next(self.model.parameters()).device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +63,13 @@ class LanguageModel:
     def context(self) -> int | None:
         """Tokens the model can see at once, None if its config sets no limit."""
         value = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
-        return int(value) if value and value > 0 else None
+        if not value or value < 0:
+            return None
+        for name, module in self.model.named_modules():
+            # RoBERTa and its kin begin to count behind the padding's position
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return int(value) - module.padding_idx - 1
+        return int(value)
 
     @property
     def vocabulary(self) -> int:
