@@ -1,4 +1,4 @@
-"""The command line: `pocl quickstart | rank | cache-teacher | distill | evaluate | report | status | keys | bench`.
+"""The command line: `pocl quickstart | distill | compare | rank | cache-teacher | evaluate | report | status | ...`.
 
 Models, data sets and torch are imported by the commands that need them, so that `--help` answers at once.
 """
@@ -128,7 +128,7 @@ def evaluate(
         from pocl.report import results_table
 
         recipe = load_recipe(run, context.args)
-        _quiet_libraries()
+        quiet_libraries()
         done = evaluate_run(
             recipe,
             data=data or None,
@@ -144,6 +144,38 @@ def evaluate(
         else:
             _print_results(results_table(done.metrics, {}), console)
             console.print(f"\nScores:   {done.folder}", highlight=False, soft_wrap=True)
+
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
+
+
+@app.command(context_settings=_OVERRIDES)
+def compare(
+    context: typer.Context,
+    recipe: _RecipeArgument,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Named arms with commas between: plain, pocl, order, temperature, ratio, rising, restarts, reversed, "
+            "shuffled, one_pass, reranked; those of compare.arms when left out."
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds of each arm; five or more tell something.")] = None,
+    jobs: Annotated[int, typer.Option(help="Cells at a time, each in a process of its own.")] = 1,
+    dry_run: _DryRun = False,
+) -> None:
+    """Train arms of one recipe side by side and say what helps: differences to plain distillation, with intervals.
+
+    Ranking, cache and warm-up are made once. Cells that are done are skipped, what was cut off goes on. [dim]Arms of
+    your own stand in the recipe, under compare.arms. Further words override the recipe: --loss.divergence rkl[/dim]
+    """
+
+    def work(console: Console) -> None:
+        from pocl.compare.command import run_command
+        from pocl.recipe import load_recipe
+
+        settings = load_recipe(recipe, context.args)
+        quiet_libraries()
+        run_command(settings, arms, seeds, jobs, dry_run=dry_run, console=console)
 
     _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
 
@@ -224,7 +256,7 @@ def _run(
         from pocl.recipe import load_recipe
 
         recipe = load_recipe(name, overrides)
-        _quiet_libraries()
+        quiet_libraries()
         if dry_run:
             _print_plan(recipe, console)
             return
@@ -277,7 +309,7 @@ def _run_benchmark(subject: str, words: Sequence[str], console: Console) -> None
     runpy.run_module(f"benchmarks.{subjects[subject]}", run_name="__main__")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the bars and the warnings to the steps' own."""
     import datasets
     import transformers

@@ -137,6 +137,10 @@ class RunFolder:
         self._save(step, record | {"started_at": time.time()})
         return resumes and any((self.path / name).exists() for name in outputs)
 
+    def adopt(self, step: str, record: Mapping[str, Any]) -> None:
+        """Take over the record of a step that another folder finished, and whose files are linked from there."""
+        self._save(step, dict(record))
+
     def pause(self, step: str, *, seconds: float) -> None:
         """Note how long a step ran before it was cut off."""
         record = self.record(step)
@@ -193,7 +197,7 @@ def peak_memory_mb() -> int | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ def _staged(recipe: Recipe, kind: str) -> Curriculum:
     section = recipe.curriculum
     count = section.num_stages
     options: dict[str, Any] = {
-        name: _spread(recipe, name)
+        name: staged_values(recipe, name)
         for name in ("temperature", "kd_ratio", "learning_rate", *(["skew"] if is_skewed(recipe) else []))
     }
     options["epochs"] = section.epochs if len(section.epochs) > 1 else section.epochs[0]
@@ -72,7 +72,7 @@ def batch_size_of(recipe: Recipe) -> int:
     return recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes
 
 
-def _spread(recipe: Recipe, name: str) -> tuple[float, ...]:
+def staged_values(recipe: Recipe, name: str) -> tuple[float, ...]:
     """A schedule of the recipe, one number a stage."""
     section = recipe.curriculum
     values: tuple[float, ...] = getattr(section, name)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 PREFIX = "recipe:"
 # What a recipe says without an influence on the student that comes out.
-_INCIDENTAL = {"name", "output", "evaluation"}
+_INCIDENTAL = {"name", "output", "evaluation", "compare"}
+
+# Where models and data lie; what they hold counts by itself.
+_PLACES = {"teacher": {"model"}, "student": {"model"}, "data": {"source", "validation", "test"}}
 
 
 def recipe_of(source: str | None) -> Recipe | None:
@@ -47,16 +50,24 @@ def folder_of(source: str) -> Path | None:
     return cache_folder() / "students" / f"{name}-{recipe_mark(recipe)}" / "student"
 
 
-def recipe_mark(recipe: Recipe) -> str:
-    """Stands for the student that a recipe makes; a key that is added later does not change it, unless it is set."""
+def recipe_mark(recipe: Recipe, *, judged: bool = False) -> str:
+    """Stands for the student that a recipe makes, and with `judged` for how it is evaluated as well.
+
+    Defaults do not count: a key that is added later changes nothing unless it is set. Nor do places: the content of
+    models and data counts, wherever they lie.
+    """
     from pocl.pipeline.context import source_fingerprint
 
     values = recipe.model_dump(mode="json", exclude_defaults=True)
+    left_out = _INCIDENTAL - ({"evaluation"} if judged else set())
+    values = {key: value for key, value in values.items() if key not in left_out}
+    for section, keys in _PLACES.items():
+        values[section] = {key: value for key, value in values.get(section, {}).items() if key not in keys}
     sources = {recipe.teacher.model: recipe.teacher.revision, recipe.student.model: recipe.student.revision}
     data = (recipe.data.source, recipe.data.validation, recipe.data.test)
     content = [source_fingerprint(source, revision) for source, revision in sources.items() if source]
     content += [source_fingerprint(source) for source in data if source]
-    return fingerprint({"recipe": {k: v for k, v in values.items() if k not in _INCIDENTAL}, "content": content})
+    return fingerprint({"recipe": values, "content": content})
 
 
 def make_models(recipe: Recipe, say: Callable[[str], None]) -> None:

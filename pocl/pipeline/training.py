@@ -316,7 +316,7 @@ def adapt_teacher(context: Context) -> Mapping[str, Any]:
     trainer = _trainer(
         context,
         folder,
-        model=context.load_model(context.base_teacher_source(), section),
+        model=context.load_model(context.base_teacher_source(), section, trained=True),
         rows=rows,
         subsets=[0] * len(rows),
         curriculum=Curriculum((stage,), ADAPTATION, start="last"),
