@@ -13,9 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,6 +23,7 @@ from pydantic import (
 )
 
 from pocl.interval import Interval
+from pocl.recipe.comparing import CompareSection, Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -46,10 +45,6 @@ SkewSchedule = Annotated[
     tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)
 ]
 FractionSchedule = Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class TeacherSection(Section):
@@ -154,7 +149,7 @@ class DataSection(Section):
     """Tokens of the prompt at most."""
     labels: Literal["last", "all"] = "last"
     """What is learnt of a conversation: its last answer, or all of them. Ranking and evaluation judge the last one."""
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: dict[str, Any] = {}  # noqa: RUF012: pydantic copies it
     """Further variables of the chat template, such as `{enable_thinking: false}`. A row's own come first."""
     special_tokens: Literal["text", "tokens"] = "text"
     """What the text of a special token (`<|im_end|>`) is in the data: text like any other, or the token."""
@@ -380,18 +375,6 @@ class TeacherCacheSection(Section):
     """Tokens sent through the teacher at once, padding included."""
 
 
-def _as_arms(value: Any) -> Any:
-    """A mapping is a list of arms as well."""
-    if isinstance(value, Mapping):
-        return tuple({name: own} for name, own in value.items())
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
-
-
-def _as_seeds(value: Any) -> Any:
-    """A number of seeds stands for 1 to that number."""
-    return tuple(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 class EvaluationSection(Section):
     """How the models are compared in the end, on samples never trained on."""
 
@@ -405,34 +388,6 @@ class EvaluationSection(Section):
     """What ROUGE-L takes for a word; see `ranking.words`."""
     include_teacher: bool = True
     """Also evaluate the teacher, the mark to reach."""
-
-
-class CompareSection(Section):
-    """What `pocl compare` puts side by side."""
-
-    arms: Annotated[tuple[str | dict[str, dict[str, Any] | None], ...], BeforeValidator(_as_arms)] = ("plain", "pocl")
-    """Named arms (`pocl compare --help` explains them), and arms of your own, `name: {from: pocl, section.key: value}`.
-    The first is compared with, or `plain` if it is among them."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_seeds), Field(min_length=1)] = (1, 2, 3, 4, 5)
-    """How many seeds, or a list of them; a seed draws samples and their order in the stages."""
-    equal: Literal["steps", "own"] = "steps"
-    """What arms have in common: as many optimizer steps as the recipe's own stages make, or nothing: every arm trains
-    as long as its own recipe says."""
-    across: dict[str, tuple[Any, ...]] = {}
-    """One setting and values of it, as in `{loss.divergence: [fkl, skew_rkl]}`: every arm is run at each, and compared
-    at each."""
-
-    @model_validator(mode="after")
-    def _sensible(self) -> CompareSection:
-        if len(self.across) > 1:
-            raise ValueError(
-                f"across takes one setting, got {', '.join(self.across)}; make the others arms of their own"
-            )
-        if any(not values or len(set(map(str, values))) < len(values) for values in self.across.values()):
-            raise ValueError("across needs values that differ, as in {loss.divergence: [fkl, skew_rkl]}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds names one twice: {', '.join(map(str, self.seeds))}")
-        return self
 
 
 SHORTHAND = {"teacher": "model", "student": "model", "data": "source"}
