@@ -112,29 +112,29 @@ class Encoder:
             if (made := self._last_answer(chat, rendered[i], ids)) is not None:
                 found[i] = made
         careful = [i for i, one in enumerate(rendered) if i not in found and not one.hidden]
+        hidden = [i for i, one in enumerate(rendered) if one.hidden]
         placed = self._tokens.ids_and_offsets([rendered[i].text for i in careful])
-        tokens = dict(zip(careful, placed, strict=True))
-        for i, one in enumerate(rendered):
-            if i not in found:
-                ids, offsets = tokens[i] if i in tokens else self._special.encode(one.text)
-                found[i] = self._answers(chat, one, ids, offsets)
+        placed += self._special.encode([rendered[i].text for i in hidden])
+        for i, (ids, offsets) in zip([*careful, *hidden], placed, strict=True):
+            found[i] = self._answers(chat, rendered[i], ids, offsets)
         return [found[i] for i in range(len(rendered))]
 
     def _render(self, chat: ChatTemplate, examples: Sequence[Mapping[str, Any]]) -> list[Rendered]:
         """The texts of the conversations, checked against what they should hold."""
         names, talks = [example["id"] for example in examples], [conversation_of(example) for example in examples]
         hidden = {i: talk for i, one in enumerate(examples) if (talk := self._hide(one, talks[i])) is not None}
-        shown = {i: talks[i] for i in hidden}
+        as_written = dict(zip(hidden, chat.render([chat.job(names[i], talks[i]) for i in hidden]), strict=True))
         talks = [hidden.get(i, talk) for i, talk in enumerate(talks)]
         marked = {i for i, talk in enumerate(talks) if chat.marks_answers(talk.tools)}
         jobs = {i: chat.job(names[i], talk) for i, talk in enumerate(talks)}
-        texts = dict(zip(jobs.keys() - marked, chat.render([jobs[i] for i in jobs.keys() - marked]), strict=True))
+        others = [i for i in jobs if i not in marked]
+        texts = dict(zip(others, chat.render([jobs[i] for i in others]), strict=True))
         prompts = chat.render([chat.job(name, t, -1, prompt=True) for name, t in zip(names, talks, strict=True)])
         rendered = []
         for i, talk in enumerate(talks):
             text, marks = chat.render_marked(jobs[i]) if i in marked else (texts[i], None)
             one = Rendered(names[i], talk, text, prompts[i], None if marks is None else tuple(marks), i in hidden)
-            if i in hidden and self._special.shown(text) != chat.render([chat.job(names[i], shown[i])])[0]:
+            if i in hidden and self._special.shown(text) != as_written[i]:
                 raise ValueError(
                     f"sample {names[i]} writes special tokens in its text, and the chat template reads them; pass "
                     'special_tokens="tokens" (data.special_tokens) to let them be tokens, or leave the sample out'
@@ -199,7 +199,7 @@ class Encoder:
     def _tokens_before(self, rendered: Rendered, place: int, ids: list[int]) -> int:
         """How many tokens end at a character or before it, with a tokenizer that does not say where its tokens are."""
         before = rendered.text[:place]
-        own = self._special.encode(before)[0] if rendered.hidden else self._tokens.ids([before])[0]
+        own = self._special.encode([before])[0][0] if rendered.hidden else self._tokens.ids([before])[0]
         same = 0
         while same < min(len(own), len(ids)) and own[same] == ids[same]:
             same += 1
@@ -241,14 +241,17 @@ class Encoder:
 
     def _plain_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """The ids of texts without special tokens of their own; `special` adds the BOS if the model has one."""
-        hidden = [self._special.hide_text(text) if self._special.suspects(text) else text for text in texts]
-        if self.special_tokens == "tokens":
-            hidden = list(texts)
         found = self._tokens.ids(texts, special=special)
+        if self.special_tokens == "text":
+            suspects = {
+                i: self._special.hide_text(text) for i, text in enumerate(texts) if self._special.suspects(text)
+            }
+            hidden = [i for i, text in suspects.items() if text != texts[i]]
+            made = self._special.encode([suspects[i] for i in hidden], special=special)
+            for i, (ids, _) in zip(hidden, made, strict=True):
+                found[i] = ids
         eos = self.tokenizer.eos_token_id
-        for i, ids in enumerate(found):
-            if hidden[i] != texts[i]:
-                ids = found[i] = self._special.encode(hidden[i], special=special)[0]
+        for ids in found:
             # Some tokenizers close every text with EOS; a prompt must stay open.
             while special and len(ids) > 1 and ids[-1] == eos:
                 ids.pop()

@@ -9,12 +9,13 @@ go by private names encodes it: the template's become tokens, the user's are let
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from pocl.data.conversation import Conversation
 from pocl.data.templates import any_of
+from pocl.data.tokens import Offsets
 
 SPECIAL_TOKENS = ("text", "tokens")
 # An assistant's thoughts are written as text in every data set of reasoning models, and mean the tokens.
@@ -93,20 +94,26 @@ class SpecialText:
 
     # -------------------------------------------------------------------------------------------------- encoding
 
-    def encode(self, text: str, *, special: bool = False) -> tuple[list[int], list[tuple[int, int]] | None]:
-        """The ids of a text whose hidden words are text and whose other special tokens are tokens.
+    def encode(self, texts: Sequence[str], *, special: bool = False) -> list[tuple[list[int], Offsets | None]]:
+        """The ids of texts whose hidden words are text and whose other special tokens are tokens.
 
         Args:
-            text: with hidden words.
+            texts: with hidden words.
             special: let the tokenizer add its tokens at both ends.
 
         Returns:
-            The ids, and the characters [start, stop) of each; None with a tokenizer that is not fast.
+            The ids of each text, and the characters [start, stop) of each id; None with a tokenizer that is not fast.
         """
-        if self._renamed is not None:
-            named = self._find.sub(lambda word: self._run(_NAMES, word.group()), text)
-            found = self._renamed.encode(self.shown(named), add_special_tokens=special)
-            return list(found.ids), list(found.offsets)
+        if not texts:
+            return []
+        if self._renamed is None:
+            return [(self._encode_pieces(text, special), None) for text in texts]
+        named = [self._find.sub(lambda word: self._run(_NAMES, word.group()), text) for text in texts]
+        found = self._renamed.encode_batch([self.shown(text) for text in named], add_special_tokens=special)
+        return [(list(one.ids), list(one.offsets)) for one in found]
+
+    def _encode_pieces(self, text: str, special: bool) -> list[int]:
+        """The ids of a text whose special tokens are encoded by themselves, and what is between them as text."""
         ids: list[int] = []
         start = 0
         for word in [*self._find.finditer(text), None]:
@@ -119,7 +126,7 @@ class SpecialText:
             if word is not None:
                 ids.append(self._id(word.group()))
                 start = word.end()
-        return ids, None
+        return ids
 
     def _check_text(self, text: str, ids: list[int]) -> None:
         """Refuses a tokenizer that knows no way to encode the word of a special token as text."""
