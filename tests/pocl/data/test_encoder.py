@@ -84,6 +84,13 @@ def test_the_text_of_a_special_token_is_the_token_where_that_is_wanted(name: str
     assert tokenizer.decode(wanted["input_ids"][wanted["prompt_length"] :]).count("twice") == 1
 
 
+def test_an_answer_that_opens_a_turn_by_a_real_token_is_one_answer() -> None:
+    answer = "a<|im_end|>\n<|im_start|>assistant\nb"
+    tokenizer = tokenizer_of("chatml")
+    row = _row(_encoder("chatml", special_tokens="tokens"), _example(["Hi", answer]))
+    assert tokenizer.decode(row["input_ids"][row["prompt_length"] :]) == answer + "<|im_end|>"
+
+
 def test_texts_without_a_chat_template_stay_text_too() -> None:
     tokenizer = tokenizer_of("chatml")
     example = {"id": 0, "prompt": "say <|endoftext|>", "response": "<|im_start|> and <|endoftext|>"}
@@ -123,7 +130,11 @@ def test_a_cut_row_is_a_part_of_the_whole_one(labels: str, texts: list[list[str]
         _encoder("qwen-3", labels=labels, max_length=24, max_prompt_length=12),
     )
     for pair in texts:
+        before = dict(cut.counts)
         long, short = _row(whole, _example(pair)), _row(cut, _example(pair))
+        added = {name: cut.counts[name] - before[name] for name in ("prompt_tokens", "response_tokens")}
+        assert added["response_tokens"] == sum(label != IGNORE_INDEX for label in short["labels"])
+        assert added["prompt_tokens"] == short["labels"].count(IGNORE_INDEX)
         first, kept = (
             next(i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX) for row in (long, short)
         )

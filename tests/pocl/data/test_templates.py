@@ -203,6 +203,23 @@ def test_a_template_that_opens_a_thought_and_takes_it_back_is_followed() -> None
     assert said == "Hm.\nTwo and two.\n</think>\n\nYes.<|im_end|>"
 
 
+def test_an_empty_thought_that_the_template_writes_is_learnt_with_the_answer() -> None:
+    row = _encoder("qwen-3")(_example(TALKS["two answers in a row"]))
+    assert row is not None
+    said = tokenizer_of("qwen-3").decode(row["input_ids"][row["prompt_length"] :])
+    assert said == "<think>\n\n</think>\n\nHow are you?<|im_end|>"
+
+
+def test_a_turn_that_another_token_closes_ends_there() -> None:
+    tokenizer = tokenizer_of("llama-3")
+    talk = Conversation(TALKS["tools"].turns, [TOOL], {"builtin_tools": True})
+    row = _encoder("llama-3", labels="all")(_example(talk))
+    assert row is not None
+    texts = [tokenizer.decode(run) for run in _runs(row)]
+    assert texts[0] == '{"name": "weather", "parameters": {"city": "Rome"}}<|eom_id|>'
+    assert texts[1:] == ["No.<|eot_id|>", "Welcome.<|eot_id|>"]
+
+
 def test_arguments_reach_the_template_from_the_recipe_and_a_rows_own_come_first() -> None:
     tokenizer = tokenizer_of("qwen-3")
     encoder = Encoder(
