@@ -152,7 +152,7 @@ def _json(stream: Any) -> Iterator[tuple[Place, list[dict[str, Any]]]]:
     first = stream.readline()
     try:
         json.loads(first or b"0")
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, RecursionError):
         pass  # the lines below say it
     except ValueError as error:
         if not _is_open(error, first):
@@ -172,7 +172,7 @@ def _lines(stream: Any, line: int, first: bytes) -> Iterator[tuple[Place, list[d
     while block:
         kept = [text for text in block if not text.isspace()]
         rows: Any = None
-        with suppress(ValueError):  # one call for many lines is several times as fast as one for each
+        with suppress(ValueError, RecursionError):  # one call for many lines is several times as fast as one for each
             rows = json.loads(_text(b"[" + b",".join(kept) + b"]", line))
         numbers = [number for number, text in enumerate(block, start=line) if not text.isspace()]
         if rows is None or len(rows) != len(kept) or not all(type(row) is dict for row in rows):
@@ -187,14 +187,18 @@ def _lines(stream: Any, line: int, first: bytes) -> Iterator[tuple[Place, list[d
 def _row(text: str, line: int) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_json(error, line) from None
     if not isinstance(row, dict):
         raise _DamageError(f"line {line} is {_json_kind(row)}, not an object", "write one object a line, {...}")
     return row
 
 
-def _no_json(error: ValueError, line: int) -> _DamageError:
+def _no_json(error: ValueError | RecursionError, line: int) -> _DamageError:
+    if isinstance(error, RecursionError):
+        return _DamageError(f"line {line} is nested too deeply", "write the inner value as text")
+    if "Exceeds the limit" in str(error):
+        return _DamageError(f"line {line} holds a number of more digits than Python reads", "write it as text")
     why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     return _DamageError(f"line {line} is no JSON, or was cut off ({why})")
 
@@ -219,7 +223,7 @@ def _objects(
             break
         try:
             row = source.decode(decoder)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if why is not None and number == 1:  # the object that the first line begins is never closed
                 raise _no_json(why, line) from None
             position = error.pos if isinstance(error, json.JSONDecodeError) else source.position

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 from pocl.data.conversation import Conversation, is_answer, text_of_turn
 from pocl.data.refusals import ARGUMENTS, GRADED, REFUSED, REFUSED_BESIDE_TEXTS, needed, refuse_other_uses
-from pocl.data.turns import RowError, are_turns, parsed, text_of, tools_of, turns_of
+from pocl.data.turns import RowError, are_turns, content_text, parsed, text_of, tools_of, turns_of
 
 _SYSTEM = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _CONTEXT = ("input", "context")
+_ANSWERS = ("output", "completion", "response")
 _READ_BESIDE = (*_SYSTEM, *_TOOLS, ARGUMENTS)
 _RESERVED = (
     "messages",
@@ -53,6 +54,8 @@ class ReadReport:
     """Columns that rows were made of, in the order in which they were met."""
     left_out: dict[str, None] = field(default_factory=dict)
     """Columns that no row was made of."""
+    unread: list[str] = field(default_factory=list)
+    """Files that were not read, for they hold rows of another type."""
     counts: Counter[str] = field(default_factory=Counter)
     """How often something in a row was not taken over, by what it was."""
 
@@ -60,6 +63,8 @@ class ReadReport:
         parts = [f"rows made of {', '.join(self.used) or 'no column'}"]
         if left_out := [name for name in self.left_out if name not in self.used]:
             parts.append(f"left out: {', '.join(left_out)}")
+        if self.unread:
+            parts.append(f"files of another type, not read: {', '.join(self.unread)}")
         return "; ".join([*parts, *(f"{count} {what}" for what, count in self.counts.items())])
 
 
@@ -90,22 +95,26 @@ class RowReader:
         shape = self._shapes.get(columns)
         if shape is None:
             shape = self._shapes[columns] = _Shape.of(columns)
+        self.num_whole += shape.form is not None
         example = shape.quick(row) if self.corpus is not True else None
         if example is None:
-            return self._read(row)
+            return self._read(row, shape.form)
         if shape.form is not None and not shape.met:
             shape.met = True
             self._account(row, shape.form)
         self.corpus = False
-        self.num_whole += 1
         return example
 
-    def _read(self, row: Mapping[str, Any]) -> Example:
-        columns = [name for name, value in row.items() if value is not None and value != "" and value != []]
-        form = self._form(row, columns)
+    def _read(self, row: Mapping[str, Any], likely: Form | None) -> Example:
+        # an empty list says nothing, except where it is the answer
+        columns = [
+            name
+            for name, value in row.items()
+            if value is not None and value != "" and (value != [] or name in _ANSWERS)
+        ]
+        form = self._form(row, columns, likely)
         if form is None:
             return Example()
-        self.num_whole += all(name in row for name in form.needs)
         beside = [name for name in columns if name not in form.columns]
         for name in beside:
             self._check(name, row, form)
@@ -117,7 +126,7 @@ class RowReader:
             raise RowError("a corpus (`text`) and prompts with answers stand in one source; keep them in two")
         return example
 
-    def _form(self, row: Mapping[str, Any], filled: list[str]) -> Form | None:
+    def _form(self, row: Mapping[str, Any], filled: list[str], likely: Form | None) -> Form | None:
         """The first form that the row fills; else the one it comes closest to; None for a row that holds nothing."""
         for form in _FORMS:
             if all(name in filled for name in form.needs):
@@ -128,8 +137,10 @@ class RowReader:
         refuse_other_uses(filled)
         if not partly and "text" in filled:
             return _CORPUS
-        if not partly:
+        if not partly and likely is None:
             raise RowError(f"it has the columns {', '.join(filled)}; {needed(row)}")
+        if not partly:  # its form's columns are empty, whatever stands beside
+            return None
         return max(partly, key=lambda form: sum((name in row) + (name in filled) for name in form.needs))
 
     def _check(self, name: str, row: Mapping[str, Any], form: Form) -> None:
@@ -172,7 +183,7 @@ class RowReader:
         arguments = dict(arguments or {})
         for name in beside:
             if name in _SYSTEM:
-                turns = _with_system(turns, text_of(row[name], f"`{name}`"), name)
+                turns = _with_system(turns, content_text(row[name], f"`{name}`"), name)
             elif name in _TOOLS:
                 found = tools_of(row[name], f"`{name}`", wrap=wrap or name == "functions", filled=self.filled)
                 tools = found if found is not None else tools
@@ -270,7 +281,7 @@ def _from_turns(name: str) -> Callable[[RowReader, Mapping[str, Any], list[str]]
         if isinstance(whole, Mapping) and "turns" in whole:  # what an examples table holds
             turns, tools, arguments = whole["turns"], whole.get("tools"), whole.get("template_kwargs")
             return reader.example(turns_of(turns, what, filled=False), row, beside, tools=tools, arguments=arguments)
-        turns = turns_of(whole, what, filled=reader.filled)
+        turns = turns_of(whole, what, filled=reader.filled and not isinstance(value, str))
         sharegpt = isinstance(whole, list | tuple) and any(turn.get("from") is not None for turn in whole)
         return reader.example(turns, row, beside, wrap=sharegpt)
 
@@ -279,7 +290,7 @@ def _from_turns(name: str) -> Callable[[RowReader, Mapping[str, Any], list[str]]
 
 def _from_instruction(answer: str) -> Callable[[RowReader, Mapping[str, Any], list[str]], Example]:
     def read(reader: RowReader, row: Mapping[str, Any], beside: list[str]) -> Example:
-        instruction = text_of(row.get("instruction"), "`instruction`")
+        instruction = _prompt(row.get("instruction"), "`instruction`")
         found = {name: text for name in _CONTEXT if (text := text_of(row.get(name), f"`{name}`"))}
         if len(found) > 1:
             raise RowError("`input` and `context` both hold text; join them in `input`")
@@ -300,12 +311,16 @@ def _from_pair(answer: str) -> Callable[[RowReader, Mapping[str, Any], list[str]
         prompt, response = row.get("prompt"), row.get(answer)
         if isinstance(prompt, str) and isinstance(response, str) and not beside and prompt[:1] not in "[ \n\t":
             return Example(prompt, response)
+        as_text = isinstance(prompt, str)
         prompt = _turns_in_text(prompt)
         if are_turns(prompt) or (isinstance(prompt, Mapping) and are_turns([prompt])):
-            turns, response = turns_of(prompt, "`prompt`", filled=reader.filled), _turns_in_text(response)
+            turns, response = (
+                turns_of(prompt, "`prompt`", filled=reader.filled and not as_text),
+                _turns_in_text(response),
+            )
             plain = None
         else:
-            text = text_of(prompt, "`prompt`")
+            text = _prompt(prompt, "`prompt`")
             turns, plain = [{"role": "user", "content": text}], Example(text)
         answers = _answer(response, answer, reader)
         if plain is not None:
@@ -326,6 +341,13 @@ def _turns_in_text(value: Any) -> Any:
     except RowError:
         return value
     return found if are_turns(found) else value
+
+
+def _prompt(value: Any, what: str) -> str:
+    """The text of a prompt; a list is none, but the columns of several rows, perhaps."""
+    if isinstance(value, list | tuple):
+        raise RowError(f"{what} is a list, and not of turns; write one prompt a row, as text or as turns")
+    return text_of(value, what)
 
 
 def _answer(value: Any, name: str, reader: RowReader) -> list[dict[str, Any]]:
@@ -382,16 +404,17 @@ class _Shape:
     """What the names of a row's columns alone say."""
 
     form: Form | None
-    """The form that the row has if it fills the form's columns."""
+    """The form that the row has if it fills the form's columns; None where it lacks a column of each."""
     matters: tuple[str, ...] = ()
     """Columns beside that make the row something else unless they are empty."""
     met: bool = False
 
     @classmethod
     def of(cls, columns: tuple[str, ...]) -> _Shape:
-        form = next((form for form in _FORMS if all(name in columns for name in form.needs)), None)
+        forms = (*_FORMS, _CORPUS)
+        form = next((form for form in forms if all(name in columns for name in form.needs)), None)
         if form is None or form.quick is None:
-            return cls(None)
+            return cls(form)
         plain = (*form.needs, *_CONTEXT) if form.needs[0] == "instruction" else form.needs
         special = {*REFUSED, *REFUSED_BESIDE_TEXTS, *_READ_BESIDE, "history", "label", "rejected"}.difference(plain)
         return cls(form, tuple(name for name in columns if name in special))

@@ -79,6 +79,7 @@ def to_examples(rows: Rows, *, limit: int | None = None) -> tuple[Dataset, ReadR
     _check_limit(limit)
     read = RowReader(filled=rows.filled)
     with tqdm(desc="reading examples", unit=" rows", delay=2) as bar:
+        read.report.unread = list(rows.unread)
         return _kept(_tables(rows, read, limit, bar.update)), read.report
 
 

@@ -25,6 +25,8 @@ class Rows(Protocol):
     """The source, in errors."""
     filled: bool
     """Whether null may stand for a key that a row does not have, as in the structs of Arrow."""
+    unread: Sequence[str]
+    """Files of a folder that hold rows of another type, and are not read."""
 
     def batches(self) -> Iterator[tuple[Place, list[Any]]]:
         """The rows in order, a few at a time, with the place of the first."""
@@ -35,6 +37,7 @@ class ListedRows:
     """Rows in memory."""
 
     filled = False
+    unread: Sequence[str] = ()
 
     def __init__(self, rows: Iterable[Any]) -> None:
         self.name = type(rows).__name__
@@ -42,7 +45,21 @@ class ListedRows:
 
     def batches(self) -> Iterator[tuple[Place, list[Any]]]:
         for start in range(0, len(self.rows), BATCH):
-            yield Place("row", start + 1), list(self.rows[start : start + BATCH])
+            yield Place("row", start + 1), list(map(_plain, self.rows[start : start + BATCH]))
+
+
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+
+
+def _plain(value: Any) -> Any:
+    """A value with Python's own numbers and lists in place of NumPy's, which `pandas` puts into rows."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return _plain(value.tolist()) if type(value).__module__ == "numpy" else value
 
 
 class FileRows:
@@ -50,9 +67,9 @@ class FileRows:
 
     filled = False
 
-    def __init__(self, name: str, files: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, name: str, files: Sequence[tuple[str, str]], unread: Sequence[str] = ()) -> None:
         """`files` are paths or URLs, each with what `kind_of` says."""
-        self.name, self.files = name, files
+        self.name, self.files, self.unread = name, files, unread
 
     def batches(self) -> Iterator[tuple[Place, list[Any]]]:
         for path, kind in self.files:
@@ -65,8 +82,8 @@ class TableRows:
 
     filled = True
 
-    def __init__(self, name: str, table: Any) -> None:
-        self.name, self.table = name, table
+    def __init__(self, name: str, table: Any, unread: Sequence[str] = ()) -> None:
+        self.name, self.table, self.unread = name, table, unread
 
     def batches(self) -> Iterator[tuple[Place, list[Any]]]:
         table, names = _without_decoding(self.table)
@@ -109,6 +126,11 @@ def open_rows(source: Any, split: str, *, trust_remote_code: bool = False, strea
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         return TableRows(type(source).__name__, source)
     if not isinstance(source, str | os.PathLike):
+        if not isinstance(source, Iterable) or hasattr(source, "columns"):
+            raise ValueError(
+                f"source is a {type(source).__name__}; give a hub id, a file, a folder, a Dataset or a list of dicts "
+                "(of a pandas frame: Dataset.from_pandas(frame))"
+            )
         return ListedRows(source)
     path, name = Path(source), str(source)
     if path.is_file():
@@ -116,7 +138,8 @@ def open_rows(source: Any, split: str, *, trust_remote_code: bool = False, strea
     if path.is_dir():
         return _open_folder(path, split, streaming)
     if kind_of(name) or path.suffix in _TABLES or path.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(f"source {name!r} does not exist; give a hub id, a file, a folder or a Dataset")
+        hint = "; a pattern is not followed, name the folder" if any(mark in name for mark in "*?[") else ""
+        raise ValueError(f"source {name!r} does not exist; give a hub id, a file, a folder or a Dataset{hint}")
     extra = {"trust_remote_code": True} if trust_remote_code else {}
     return _from_builder(name, split, streaming, **extra)
 
@@ -157,12 +180,22 @@ def _from_builder(name: str, split: str, streaming: bool, **extra: Any) -> Rows:
     # what the card of a hub data set may ask of the loaders, and the readers here do not know
     special = [getattr(config, option, None) for option in ("field", "features", "encoding_errors", "column_names")]
     plain = getattr(config, "encoding", None) in (None, "utf-8") and getattr(config, "sep", ",") == ","
+    unread = _unread(name, config.data_files)
     if kind is None or any(value is not None for value in special) or not plain or not config.data_files:
-        return TableRows(name, _load(name, split, name, streaming=streaming, **extra))
+        return TableRows(name, _load(name, split, name, streaming=streaming, **extra), unread)
     files = list(_pick_split({str(key): value for key, value in config.data_files.items()}, split, name))
     remote = any("://" in file for file in files)
     paths = DownloadManager(dataset_name=name).download(files) if remote and not streaming else files
-    return FileRows(name, [(path, kind_of(file) or kind) for path, file in zip(paths, files, strict=True)])
+    return FileRows(name, [(path, kind_of(file) or kind) for path, file in zip(paths, files, strict=True)], unread)
+
+
+def _unread(name: str, taken: Mapping[Any, Sequence[str]] | None) -> list[str]:
+    """Files of a folder that could be read, and that `datasets`, which reads one type, passes over."""
+    if not taken or not Path(name).is_dir():
+        return []
+    known = {str(Path(file).resolve()) for files in taken.values() for file in files}
+    found = (path for path in sorted(Path(name).rglob("*")) if kind_of(path.name) or path.suffix in _TABLES)
+    return [str(path.relative_to(name)) for path in found if str(path.resolve()) not in known]
 
 
 def _load(name: str, split: str, *words: str, **options: Any) -> Any:
@@ -178,6 +211,8 @@ def _load(name: str, split: str, *words: str, **options: Any) -> Any:
 
 def _pick_split(splits: Mapping[str, Any], split: str, name: str) -> Any:
     if split not in splits:
+        if name == "the mapping" and not any(values and isinstance(values[0], dict) for values in splits.values()):
+            raise ValueError("source is a dict of columns; give a list of dicts, or Dataset.from_dict(source)")
         raise ValueError(f"split {split!r} is not in {name}; it has {', '.join(sorted(map(str, splits)))}")
     return splits[split]
 
@@ -190,6 +225,10 @@ def naming_damage(name: str) -> Iterator[None]:
 
     try:
         yield
+    except FileNotFoundError as error:
+        if not Path(name).is_dir():
+            raise
+        raise ValueError(f"{name} holds no file that can be read; readable types: {READABLE}") from error
     except (DatasetGenerationError, StopIteration, pa.ArrowException, ValueError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         if isinstance(cause, OSError) and cause.errno is not None:  # no room for the cache of `datasets`, say

@@ -73,14 +73,22 @@ def turns_of(value: Any, what: str, *, filled: bool) -> list[dict[str, Any]]:
     if value is None or value == "":
         return []
     if isinstance(value, str):
-        value = parsed(value, what, "a list of turns")
+        value, filled = parsed(value, what, "a list of turns"), False  # whoever wrote the text wrote the nulls
     if isinstance(value, Mapping):
-        value = [value]
+        value = _in_rows(value)
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} is {_kind(value)}; it must be a list of turns, each with `role` and `content`")
     return [
         _plain(turn) or _turn(turn, f"turn {number} of {what}", filled) for number, turn in enumerate(value, start=1)
     ]
+
+
+def _in_rows(value: Mapping[str, Any]) -> list[Any]:
+    """The one turn that a dict is, or, where it is a dict of lists (an older `Sequence` of `datasets`), all of them."""
+    lengths = {len(column) if isinstance(column, list | tuple) else -1 for column in value.values()}
+    if len(lengths) != 1 or -1 in lengths:
+        return [value]
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
 
 
 def _plain(turn: Any) -> dict[str, Any] | None:
@@ -109,16 +117,20 @@ def _turn(turn: Any, what: str, filled: bool) -> dict[str, Any]:
         known = ", ".join(("human", "gpt", "system", "function_call", "observation", "tool"))
         raise RowError(f"{what} is from {role!r}; read are {known}. Rename the speaker")
     made: dict[str, Any] = {"role": _ROLES.get(role, role)}
-    calls = _calls(kept.pop("tool_calls", None), f"the `tool_calls` of {what}")
+    given = kept.pop("tool_calls", None)
+    calls = _calls(given, f"the `tool_calls` of {what}")
+    if filled and not isinstance(given, str):
+        calls = without_null(calls)
     if (older := kept.pop("function_call", None)) is not None:
+        older = without_null(older) if filled else older
         calls += _functions(older, f"the `function_call` of {what}")
     content = kept.get(content_key)
     if role == "function_call":
         made["role"], calls, content = "assistant", _functions(content, f"the function call in {what}"), None
-    text = _content(content, f"the content of {what}")
+    text = content_text(content, f"the content of {what}")
     made["content"] = None if content is None and calls else text
     if calls:
-        made["tool_calls"] = without_null(calls) if filled else calls
+        made["tool_calls"] = calls
     _check_marks(kept, made["role"], what)
     for key, value in kept.items():
         if key not in (who, content_key):
@@ -145,13 +157,18 @@ def _speaks(turn: Mapping[str, Any]) -> bool:
     return any(turn.get(key) is not None for key in _WITHOUT_CONTENT)
 
 
-def _content(value: Any, what: str) -> str:
+def content_text(value: Any, what: str) -> str:
+    """The text of a turn's content: a text, a list of text parts, or anything that `text_of` writes.
+
+    Raises:
+        RowError: a part that is no text.
+    """
     if isinstance(value, Mapping) and "type" in value and value.get("text") is not None:
         value = [value]
-    if not isinstance(value, list | tuple) or not any(map(_is_part, value)):
-        return text_of(value, what)
-    # Templates that take parts write one after the other, with nothing between.
-    return "".join(_part(part, what) for part in value)
+    if isinstance(value, list | tuple) and (not value or any(map(_is_part, value))):
+        # Templates that take parts write one after the other, with nothing between.
+        return "".join(_part(part, what) for part in value)
+    return text_of(value, what)
 
 
 def _is_part(value: Any) -> bool:
@@ -201,17 +218,18 @@ def tools_of(value: Any, what: str, *, wrap: bool, filled: bool) -> list[Any] | 
     if value is None or value == "":
         return None
     if isinstance(value, str):
-        value = parsed(value, what, "a list of tools")
+        value, filled = parsed(value, what, "a list of tools"), False
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple):
         raise RowError(f"{what} is {_kind(value)}; it must be a list of JSON schemas")
     made = []
     for tool in value:
-        tool = parsed(tool, what, "a tool") if isinstance(tool, str) else tool
+        as_text = isinstance(tool, str)
+        tool = parsed(tool, what, "a tool") if as_text else tool
         if not isinstance(tool, Mapping):
             raise RowError(f"{what} holds {_kind(tool)}; a tool is a JSON schema, an object")
-        tool = without_null(tool) if filled else dict(tool)
+        tool = without_null(tool) if filled and not as_text else dict(tool)
         bare = wrap and "name" in tool and "function" not in tool
         made.append({"type": "function", "function": tool} if bare else tool)
     return made

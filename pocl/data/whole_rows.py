@@ -100,7 +100,17 @@ def _type_of(values: list[Any]) -> pa.DataType | None:
         return None
     if kinds <= {str, bool, int, float}:
         return made.type
-    return made.type if _has_form(made.type) and _same(made.to_pylist(), values) else None
+    kept = _has_form(made.type) and not any(map(_holds_null, values)) and _same(made.to_pylist(), values)
+    return made.type if kept else None
+
+
+def _holds_null(value: Any) -> bool:
+    """Whether a dict in a value has a null that would be taken for Arrow's filling; a turn without text has none."""
+    if isinstance(value, dict):
+        return any(v is None and key not in ("content", "value") for key, v in value.items()) or any(
+            map(_holds_null, value.values())
+        )
+    return isinstance(value, list | tuple) and any(map(_holds_null, value))
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -47,6 +47,7 @@ SAME_CONVERSATION: dict[str, dict[str, Any]] = {
         ]
     },
     "system beside messages": {"messages": IN_ROLES[1:], "system": "Be brief."},
+    "system of parts": {"messages": IN_ROLES[1:], "system": [{"type": "text", "text": "Be brief."}]},
     "the same system text twice": {"messages": IN_ROLES, "system": "Be brief."},
     "prompt and completion of turns": {"prompt": IN_ROLES[:-1], "completion": IN_ROLES[-1:]},
     "completion as one turn": {"prompt": IN_ROLES[:-1], "completion": IN_ROLES[-1]},
@@ -249,6 +250,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, ANSWER | {"train_detail": [{"begin_offset": 0}]}]}, "marks parts of itself"),
     ({"instruction": "a", "output": "b", "history": ["a", "b"]}, "`history` must be a list of pairs"),
     ({"prompt": "a", "completion": float("nan")}, "`completion` is NaN, which is no text"),
+    ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "`prompt` is a list, and not of turns; write one prompt a row"),
+    ({"instruction": ["a"], "output": "b"}, "`instruction` is a list, and not of turns"),
     ({"prompt": b"a", "completion": "b"}, "`prompt` is bytes, not text"),
 ]  # fmt: skip
 

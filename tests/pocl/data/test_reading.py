@@ -2,17 +2,24 @@
 
 import gzip
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, List, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pocl.data import conversation_of, load_examples
 from pocl.data.reading import to_examples
 from pocl.data.sources import open_rows
+from pocl.data.whole_rows import write_whole_rows
 
 
 def lines(rows: list[Any]) -> str:
@@ -124,19 +131,19 @@ CALLS = [
 def test_tool_calls_keep_their_own_arguments_and_types(in_file: bool, streaming: bool, tmp_path: Path) -> None:
     (tmp_path / "calls.jsonl").write_text(lines(CALLS))
     rows = load_examples(tmp_path / "calls.jsonl" if in_file else CALLS, streaming=streaming)
-    for row, given in zip(rows, CALLS, strict=True):
+    for row, source in zip(rows, CALLS, strict=True):
         calls = conversation_of(row).turns[-1]["tool_calls"]
-        assert calls == given["messages"][-1]["tool_calls"]
+        assert calls == source["messages"][-1]["tool_calls"]
         assert json.loads(row["response"]) == calls[0]
 
 
 def test_keys_that_arrow_fills_with_null_are_left_out() -> None:
     table = Dataset.from_list([{"messages": row["messages"]} for row in CALLS[:2]])
-    for row, given in zip(load_examples(table), CALLS, strict=False):
+    for row, source in zip(load_examples(table), CALLS, strict=False):
         (call,) = conversation_of(row).turns[-1]["tool_calls"]
         expected = {"city": "Rome", "deep": [{}]} if call["function"]["name"] == "f" else {"day": 3}
         assert call["function"]["arguments"] == expected
-        assert set(conversation_of(row).turns[0]) == set(given["messages"][0])
+        assert set(conversation_of(row).turns[0]) == set(source["messages"][0])
 
 
 def test_dates_stay_the_text_that_they_are_and_numbers_stay_unquoted(tmp_path: Path) -> None:
@@ -173,6 +180,41 @@ def test_half_a_character_is_refused_with_its_row(tmp_path: Path) -> None:
         load_examples(tmp_path / "a.jsonl")
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+CALL = st.fixed_dictionaries({"name": st.text(), "arguments": st.dictionaries(st.text(max_size=3), JSON, max_size=3)})
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.none() | st.text()},
+    optional={"tool_calls": st.lists(CALL, max_size=2), "name": st.text(), "reasoning_content": st.none() | st.text()},
+)
+ROW = st.one_of(
+    st.fixed_dictionaries({"prompt": st.text(), "completion": JSON}, optional={"other": JSON}),
+    st.fixed_dictionaries({"messages": st.lists(TURN, max_size=4)}, optional={"tools": st.lists(CALL, max_size=2)}),
+    st.fixed_dictionaries({"instruction": st.text(), "output": JSON}, optional={"system": st.none() | st.text()}),
+)
+
+
+@settings(max_examples=40)
+@given(rows=st.lists(ROW, min_size=1, max_size=4))
+def test_any_rows_are_read_from_a_list_as_from_a_file(rows: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / "a.jsonl").write_text(lines(rows), encoding="utf-8")
+        (path / "a.json").write_text(json.dumps(rows, indent=2))
+        found = [load_examples(source).to_list() for source in (rows, path / "a.jsonl", path / "a.json")]
+        assert found[0] == found[1] == found[2]
+        write_whole_rows(open_rows(rows, "train"), list(range(len(rows))), path / "a.parquet")
+        assert load_examples(Dataset(pq.read_table(path / "a.parquet"))).to_list() == found[0]
+    for row, given_row in zip(found[0], rows, strict=True):
+        if row["response"] and "messages" in given_row:
+            kept = conversation_of(row).turns
+            for turn, given_turn in zip(kept, given_row["messages"], strict=False):
+                assert turn.get("tool_calls") == (given_turn.get("tool_calls") or None)
+
+
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
 
@@ -186,6 +228,10 @@ def test_half_a_character_is_refused_with_its_row(tmp_path: Path) -> None:
         ([], {}, "no examples in list"),
         ([{"prompt": "a"}], {}, "list has columns prompt; needed are `messages`"),
         ([{"prompt": None, "completion": "a"}, "text"], {}, "list, row 2: it is str, and a row must be a dict"),
+        ({"prompt": ["a"], "completion": ["b"]}, {}, r"a dict of columns; .*Dataset.from_dict\(source\)"),
+        (pandas.DataFrame({"prompt": ["a"]}), {}, r"source is a DataFrame; .*Dataset.from_pandas\(frame\)"),
+        (3, {}, "source is a int; give a hub id"),
+        ("./data/*.jsonl", {}, "does not exist; .* a pattern is not followed, name the folder"),
         ({"train": [{"prompt": "a"}]}, {"split": "dev"}, "split 'dev' is not in the mapping; it has train"),
     ],
 )
@@ -221,6 +267,9 @@ _LINE = '{"prompt": "a", "completion": "b"}\n'
         ),
         ("a.jsonl", _LINE + "\n" + "{bad\n" + _LINE, "a.jsonl cannot be read: line 3 is no JSON"),
         ("a.jsonl", _LINE[:15], "line 1 is no JSON"),
+        ("a.jsonl", '{"prompt": ' + "[" * 99_999 + "]" * 99_999 + "}\n", "line 1 is nested too deeply"),
+        ("a.jsonl", '{"prompt": ' + "9" * 9_999 + "}\n", "line 1 holds a number of more digits than Python reads"),
+        ("folder/notes.md", "x", "folder holds no file that can be read; readable types: .jsonl"),
         ("a.jsonl", _LINE + "1\n", "line 2 is a number, not an object; write one object a line"),
         ("a.jsonl", _LINE + '{"a": 1}, {"b": 2}\n', "line 2 is no JSON"),
         ("a.jsonl", '"a"\n"b"\n', "line 1 is a string, not an object"),
@@ -321,6 +370,29 @@ def test_the_report_says_which_columns_made_the_rows_and_which_did_not() -> None
         "rows made of instruction, input, output, prompt, completion, messages, tools; left out: category, source; "
         "1 turns after the last answer left out"
     )
+
+
+def test_files_of_another_type_in_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(_LINE)
+    (tmp_path / "more.csv").write_text("prompt,completion\nc,d\n")
+    (tmp_path / "README.md").write_text("x")
+    found, report = to_examples(open_rows(tmp_path, "train"))
+    assert found["response"][:] == ["b"]
+    assert str(report) == "rows made of prompt, completion; files of another type, not read: more.csv"
+
+
+def test_rows_of_pandas_and_numpy_are_read_as_pythons(tiny_pairs: list[dict[str, str]]) -> None:
+    rows = [{"prompt": np.str_("a"), "completion": np.int64(3), "images": np.array([]), "source": np.float32(0.5)}]
+    assert load_examples(rows)["response"][:] == ["3"]
+    turns = np.array([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert load_examples([{"messages": turns}])["response"][:] == ["b"]
+    frame = pandas.DataFrame(tiny_pairs)
+    assert load_examples(frame.to_dict("records")).to_list() == load_examples(tiny_pairs).to_list()
+
+
+def test_turns_as_a_dict_of_lists_are_turns() -> None:
+    row = {"messages": {"role": ["user", "assistant"], "content": ["a", "b"], "name": [None, "x"]}}
+    assert conversation_of(load_examples([row])[0]).turns[1] == {"role": "assistant", "content": "b", "name": "x"}
 
 
 def test_a_nested_feature_of_a_table_is_read_like_the_list() -> None:
