@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pocl.compare.arms import Arm, build_arms
 from pocl.compare.cells import Cell, adopt, judge_start, read_result, run_cell, shared_folder, shared_steps
 from pocl.pipeline.engine import duration
-from pocl.pipeline.steps import CACHE, DATA, RANKING
+from pocl.pipeline.steps import DATA
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder, RunFolderError, differences, write_text
 from pocl.run_lock import only_user
@@ -150,14 +150,14 @@ def make_shared(folder: Path, arm: Arm, console: Console) -> None:
 
     path = shared_folder(folder, arm.recipe)
     recipe = arm.recipe.model_copy(update={"output": str(path)})
-    names = [step.name for step in shared_steps(recipe)]
-    if all(RunFolder(path).record(name).get("state") == "finished" for name in names):
+    steps = shared_steps(recipe)
+    if all(RunFolder(path).record(step.name).get("state") == "finished" for step in steps):
         return
     others = [other for other in sorted((folder / "shared").iterdir()) if other != path and other.is_dir()]
     adopt(path, recipe, others)
-    for name in (CACHE, RANKING):
-        if name in names:
-            run(recipe, until=name, change=True, console=console)
+    for step in steps:
+        if not any(step.name in other.needs for other in steps):  # else it is done on the way
+            run(recipe, until=step.name, change=True, console=console)
 
 
 def run_cells(folder: Path, cells: Sequence[Cell], jobs: int, console: Console) -> None:

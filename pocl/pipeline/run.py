@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.engine import Step, fingerprints, run_steps
 from pocl.pipeline.made import make_models
-from pocl.pipeline.steps import CACHE, build_steps
+from pocl.pipeline.steps import CACHE, RANKING, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder, RunFolderError, differences
 from pocl.run_lock import only_user
@@ -60,7 +60,11 @@ def run(
         steps = build_steps(recipe, content=lambda *what: processes.first(partial(source_fingerprint, *what)))
         names = [step.name for step in steps]
         if until not in names:
-            hint = "; to cache all the same, set teacher_cache.mode to cached" if until == CACHE else ""
+            hints = {
+                CACHE: "; to cache all the same, set teacher_cache.mode to cached",
+                RANKING: f"; a curriculum of kind {recipe.curriculum.kind} orders nothing: set it to baby_step",
+            }
+            hint = hints.get(until, "")
             raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
         processes.first(lambda: held.enter_context(only_user(path)))
         folder = RunFolder(path, change=change)

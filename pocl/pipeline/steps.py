@@ -10,6 +10,7 @@ from pocl.pipeline.curricula import curriculum_of
 from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
+from pocl.pipeline.subsets import takes_ranking
 from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, train_curriculum, warm_up
 from pocl.recipe import Recipe
 
@@ -100,6 +101,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             )
         )
         before.append(WARMUP)
+    order = "from easy to hard," if recipe.curriculum.kind in ("baby_step", "one_pass") else "ordered"
     teacherless = own and not recipe.warmup.epochs and not recipe.ranking.needs_teacher
     steps += [
         Step(
@@ -119,11 +121,11 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
         ),
         Step(
             TRAINING,
-            f"Distillation in {len(curriculum_of(recipe).stages)} stage(s), from easy to hard, as the recipe says.",
+            f"Distillation in {len(curriculum_of(recipe).stages)} stage(s), {order} as the recipe says.",
             train_curriculum,
             shared=True,
             outputs=["training", "student"],
-            needs=[*before, RANKING],
+            needs=[*before, *([RANKING] if takes_ranking(recipe) else [])],
             settings={
                 **_part(values, "curriculum", "loss", "on_policy", "training"),
                 "refresh": recipe.ranking.refresh,
@@ -142,6 +144,8 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 settings=_part(values, "evaluation"),
             )
         )
+    if not takes_ranking(recipe):
+        steps = [step for step in steps if step.name != RANKING]
     after = [step.name for step in steps]
     steps.append(Step(REPORT, "Tables and pictures of the run.", write_report, outputs=["report"], needs=after))
     return steps

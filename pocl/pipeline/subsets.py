@@ -39,8 +39,16 @@ def drawn_rows(context: Context) -> Dataset:
     return rows.select(sorted(random.Random(training_seed(context.recipe)).sample(range(len(rows)), count)))
 
 
+def takes_ranking(recipe: Recipe) -> bool:
+    """Whether the stages train on parts of the ranking; where each has all samples, nothing need be measured."""
+    return recipe.curriculum.kind not in ("constant", "whole")
+
+
 def stored_subsets(context: Context, rows: Dataset) -> list[int]:
     """The subset of each row by the ranking step; rows that were drawn are ranked among themselves."""
+    if not takes_ranking(context.recipe):
+        parts = context.recipe.curriculum.num_stages
+        return [min(row // max(1, len(rows) // parts), parts - 1) for row in range(len(rows))]
     file = context.path / "ranking" / "ranked.parquet"
     ids = arrow_column(rows, "sample_id").to_numpy()
     if context.recipe.training.draw is None:

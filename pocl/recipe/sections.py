@@ -149,7 +149,7 @@ class DataSection(Section):
     """Tokens of the prompt at most."""
     labels: Literal["last", "all"] = "last"
     """What is learnt of a conversation: its last answer, or all of them. Ranking and evaluation judge the last one."""
-    template_kwargs: dict[str, Any] = {}  # noqa: RUF012: pydantic copies it
+    template_kwargs: dict[str, Any] = {}  # noqa: RUF012
     """Further variables of the chat template, such as `{enable_thinking: false}`. A row's own come first."""
     special_tokens: Literal["text", "tokens"] = "text"
     """What the text of a special token (`<|im_end|>`) is in the data: text like any other, or the token."""
