@@ -58,7 +58,8 @@ def fused_linear_divergence(
         student_hidden: ``[..., H_s]`` last hidden states of the student.
         student_head: :class:`Head`, or a bare ``[V, H_s]`` weight.
         teacher_hidden: ``[..., H_t]``, same leading shape; computed without gradient.
-        teacher_head: :class:`Head`, or a bare ``[V, H_t]`` weight. Vocabularies may differ by padding rows at the end:
+        teacher_head: :class:`Head`, or a bare ``[V, H_t]`` weight; parameters that require grad get none, like the
+            hidden states a head with a graph behind it is refused. Vocabularies may differ by padding rows at the end:
             the surplus rows take no probability and get a zero gradient.
         divergence: a name (fkl, rkl, skew_fkl, skew_rkl, jsd, tvd, jeffreys, alpha) or a :class:`Divergence` instance.
         temperature: of both softmaxes, > 0.
@@ -82,14 +83,17 @@ def fused_linear_divergence(
 
     Returns:
         :class:`DivergenceOutput`, nats per valid token; gradients flow from ``loss`` to the student's hidden states,
-        weight and bias, whichever require them, never to the teacher. They cannot be differentiated again.
+        weight and bias, whichever require them, never to the teacher. To differentiate them again raises.
+        Under autocast the products run in its dtype on a GPU; on a CPU, where 16-bit products are no faster, autocast
+        changes nothing.
 
     Raises:
         ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
     """
-    student_head, teacher_head = _gathered(as_head(student_head)), _gathered(as_head(teacher_head))
+    student_head, teacher_head = _gathered(as_head(student_head)), as_head(teacher_head)
     divergence = get_divergence(divergence)
     vocab_size = _check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
+    teacher_head = _gathered(teacher_head)
     _check_numbers(temperature, ce_weight, labels)
     workspace_mb = _check_choices(reduction, memory, workspace_mb)
     logits = student_head.vocab_size + teacher_head.vocab_size
@@ -231,6 +235,13 @@ def _check_models(
         raise ValueError(
             "teacher_hidden requires grad, but no gradient flows to the teacher: run it under torch.no_grad()"
         )
+    for part in (teacher.weight, teacher.bias):
+        # A parameter requires grad by default and costs nothing; a graph that nobody will use does.
+        if part is not None and part.requires_grad and not part.is_leaf and torch.is_grad_enabled():
+            raise ValueError(
+                "the teacher's head was computed with a graph, but no gradient flows to the teacher: make it under "
+                "torch.no_grad()"
+            )
     if process_group is None:
         return shared_vocab_size(student.vocab_size, teacher.vocab_size)
     if student.vocab_size != teacher.vocab_size:
@@ -392,16 +403,19 @@ def _row_scale(
     if normalizer is not None:
         normalizer = _checked_normalizer(normalizer, hidden)
     if reduction == "mean":
+        known = isinstance(normalizer, (int, float)) or (normalizer is not None and normalizer.device.type == "cpu")
+        if known and count.device.type == "cpu" and not torch.compiler.is_compiling() and normalizer == 0 and count > 0:
+            raise ValueError(f"normalizer is 0, but {int(count)} tokens are valid here: pass the global batch's count")
         # A batch without valid tokens has loss 0 and zero gradients.
         scale = torch.where(scale == 0, scale, scale / (count if normalizer is None else normalizer))
     return scale, count
 
 
 def _checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | Tensor:
-    """A positive number, or a tensor of one, which is 0 where no process has a valid token."""
+    """A number, or a tensor of one; it is 0 where no process has a valid token."""
     if not isinstance(normalizer, Tensor):
-        if not (isinstance(normalizer, (int, float)) and normalizer > 0):
-            raise ValueError(f"normalizer={normalizer!r} must be a positive number: the global batch's valid tokens")
+        if not (isinstance(normalizer, (int, float)) and normalizer >= 0):
+            raise ValueError(f"normalizer={normalizer!r} must not be negative: the global batch's valid tokens")
         return normalizer
     if normalizer.numel() != 1:
         raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}: it must be one number")

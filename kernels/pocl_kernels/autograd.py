@@ -59,8 +59,17 @@ class FusedLoss(torch.autograd.Function):
         return rows.sum() if total else rows, result.results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        differentiates = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+        inputs = [x for x in ctx.saved_tensors[:3] if x is not None] if differentiates else []
+        with torch.no_grad():
+            gradients = FusedLoss._gradients(ctx, upstream)
+        if differentiates:
+            gradients = tuple(None if g is None else _Once.apply(g, upstream, *inputs) for g in gradients)
+        return (*gradients, *(None for _ in range(4 + len(ctx.frozen))))
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         ready = ctx.ready
         if ready is None:
             hidden, weight, bias, row_scale, kept, *changeable = ctx.saved_tensors
@@ -77,5 +86,19 @@ class FusedLoss(torch.autograd.Function):
                 for g in ready:
                     g.mul_(upstream)
             gradients = ready
-        result = [g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)]
-        return (*result, *(None for _ in range(4 + len(ctx.frozen))))
+        return tuple(g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True))
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on the upstream gradient and the inputs, and says so when it is to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "the gradient of a fused loss cannot be differentiated again (a gradient penalty, a Hessian): compute this "
+            "loss from full logits in plain PyTorch"
+        )

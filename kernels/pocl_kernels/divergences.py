@@ -184,7 +184,8 @@ class JSD(Divergence):
     """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: the generalised JSD of GKD and TRL.
 
     ``beta`` in [0, 1]; the ends are the limits of JSD / beta and JSD / (1 - beta), as in TRL and Liger: 0 is the
-    forward KL, 1 the reverse. DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 - lam)``.
+    forward KL, 1 the reverse. DistiLLM's ``js_distance(lam)`` weights the student by ``lam``: that is ``JSD(beta=1 -
+    lam)``.
     """
 
     beta: float = 0.5
@@ -263,6 +264,59 @@ class Alpha(Divergence):
         return where(absolute(x) < 0.5, near, far)
 
 
+@dataclasses.dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """The alpha-beta divergence of ABKD (Wang et al. 2025, arXiv 2505.04560), a = ``alpha``, b = ``beta``::
+
+        (a / (a + b) sum p^(a + b) + b / (a + b) sum q^(a + b) - sum p^a q^b) / (a b)
+
+    Both at least 0, not both 0; at 0 their limits. (1, 0) is the forward KL, (0, 1) the reverse, (a, 1 - a) the
+    alpha-divergence, (1, 1) half the squared distance.
+    """
+
+    alpha: float = 0.2
+    beta: float = 0.7
+
+    def __post_init__(self) -> None:
+        self._check("alpha", 0.0, 2.0)
+        self._check("beta", 0.0, 2.0)
+        if not self.alpha + self.beta > 0:
+            raise ValueError("AlphaBeta(alpha=0, beta=0): their sum must be positive")
+
+    def value(self, l: Value, r: Value) -> Value:
+        # With p^(a + b) and q^(a + b) for p and q it is an alpha-divergence, whose value needs no sums of 1.
+        total = self.alpha + self.beta
+        return _power_value(total * l, total * r, self.alpha / total, self.beta / total) / (total * total)
+
+    def slope(self, l: Value, r: Value) -> Value:
+        total = self.alpha + self.beta
+        return _power_slope(total * l, total * r, self.alpha / total, self.beta / total) / total
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedKL(Divergence):
+    """w KL(p, q) + (1 - w) KL(q, p), w = ``weight`` in [0, 1], one number or one a token: the mixture of AKL and of
+    entropy-aware distillation.
+    """
+
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check("weight", 0.0, 1.0)
+
+    @property
+    def kl_weights(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.weight, 1.0 - self.weight
+
+    def value(self, l: Value, r: Value) -> Value:
+        p, q, w = exp(r), exp(l), self.weight
+        return weighted(w, kl_term(p, r, q, l)) + weighted(1.0 - w, kl_term(q, l, p, r))
+
+    def slope(self, l: Value, r: Value) -> Value:
+        p, q, w = exp(r), exp(l), self.weight
+        return weighted(1.0 - w, weighted(q, l - r)) + w * (q - p)
+
+
 def _power(l: Value, r: Value, a: Value, b: Value) -> Value:
     """p^a q^b."""
     return exp(weighted(a, r) + weighted(b, l))
@@ -298,6 +352,8 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     "tvd": TVD,
     "jeffreys": Jeffreys,
     "alpha": Alpha,
+    "alpha_beta": AlphaBeta,
+    "mixed_kl": MixedKL,
 }
 
 

@@ -64,6 +64,16 @@ def divergence_rows(name: str, l: Tensor, r: Tensor, **parameters: float) -> Ten
             return kl(r, l) if a else kl(l, r)
         # Written over p and q themselves; 1 = sum (a p + (1 - a) q) keeps the float64 digits of a small divergence.
         return (a * p + (1 - a) * q - p**a * q ** (1 - a)).sum(-1) / (a * (1 - a))
+    if name == "mixed_kl":
+        w = parameters.get("weight", 0.5)
+        return kl(r, l) if w == 1 else kl(l, r) if w == 0 else w * kl(r, l) + (1 - w) * kl(l, r)
+    if name == "alpha_beta":
+        a, b = parameters.get("alpha", 0.2), parameters.get("beta", 0.7)
+        if b == 0:  # ABKD's equation for this limit; the other is the same with p and q exchanged
+            return (p**a * a * (r - l) - p**a + q**a).sum(-1) / a**2
+        if a == 0:
+            return (q**b * b * (l - r) - q**b + p**b).sum(-1) / b**2
+        return -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum(-1) / (a * b)
     raise ValueError(f"the reference knows no divergence {name!r}")
 
 
@@ -132,7 +142,7 @@ def fused_linear_divergence(
 
 def divergence_names() -> tuple[str, ...]:
     """The names :func:`divergence_rows` knows."""
-    return ("fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha")
+    return ("fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha", "alpha_beta", "mixed_kl")
 
 
 def relative_error(result: Tensor, oracle: Tensor) -> float:

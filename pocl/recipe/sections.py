@@ -27,7 +27,9 @@ from pocl.recipe.comparing import CompareSection, Section
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-DivergenceName = Literal["fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha"]
+DivergenceName = Literal[
+    "fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha", "alpha_beta", "mixed_kl"
+]
 
 
 def _as_tuple(value: Any) -> Any:

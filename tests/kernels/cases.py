@@ -22,8 +22,10 @@ from pocl_kernels import (
     DIVERGENCES,
     JSD,
     Alpha,
+    AlphaBeta,
     Divergence,
     Head,
+    MixedKL,
     SkewForwardKL,
     SkewReverseKL,
     reference,
@@ -46,6 +48,10 @@ INSTANCES: dict[str, str | Divergence] = {
     "jsd(1)": JSD(1.0),
     "alpha(0)": Alpha(0.0),
     "alpha(1)": Alpha(1.0),
+    "alpha_beta(1, 0.5)": AlphaBeta(1.0, 0.5),
+    "alpha_beta(0, 0.6)": AlphaBeta(0.0, 0.6),
+    "alpha_beta(0.6, 0)": AlphaBeta(0.6, 0.0),
+    "mixed_kl(0.9)": MixedKL(0.9),
 }
 
 
@@ -244,7 +250,12 @@ def _textbook(divergence: str | Divergence, l: Tensor, r: Tensor) -> Tensor:
     name = next(name for name, kind in DIVERGENCES.items() if kind is type(instance))
     x = next(iter(instance.parameters()), 0.5)  # skew, beta or alpha
     p, q, m = r.exp(), l.exp(), mix(r, l, x)
+    if name == "alpha_beta":
+        a, b = instance.parameters()
+        n = a + b
+        return -((a * r + b * l).exp() - a / n * (n * r).exp() - b / n * (n * l).exp()).sum(-1) / (a * b)
     return {
+        "mixed_kl": lambda: x * kl(r, l) + (1 - x) * kl(l, r),
         "fkl": lambda: kl(r, l),
         "rkl": lambda: kl(l, r),
         "skew_fkl": lambda: kl(r, m),

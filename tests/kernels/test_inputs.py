@@ -202,7 +202,10 @@ def test_which_divergences_are_infinite_under_a_mask_on_one_side(engine: Any) ->
         side: {n for n in NAMES if math.isinf(solve(engine, c, divergence=n, wanted=()).loss)}
         for side, c in (("student", student), ("teacher", teacher))
     }
-    assert infinite == {"student": {"fkl", "jeffreys"}, "teacher": {"rkl", "jeffreys"}}
+    assert infinite == {
+        "student": {"fkl", "jeffreys", "mixed_kl"},
+        "teacher": {"rkl", "jeffreys", "mixed_kl"},
+    }
 
 
 def test_an_infinite_divergence_without_weight_does_not_spoil_the_cross_entropy(engine: Any) -> None:
@@ -335,9 +338,11 @@ LABELS = torch.zeros(6, dtype=torch.int64)
         (lambda: loss(H, V, H, V, token_weight=torch.ones(5)), r"token_weight has shape \(5,\), expected \(6,\)"),
         (lambda: loss(H, V, H, V, reduction="avg"), "reduction='avg' must be one of mean, sum, none"),
         (lambda: loss(H, V, H, V, normalizer=3.0, reduction="sum"), 'normalizer.*"mean".*"sum"'),
-        (lambda: loss(H, V, H, V, normalizer=0.0), "normalizer=0.0 must be a positive number"),
-        (lambda: loss(H, V, H, V, normalizer=-2), "normalizer=-2 must be a positive"),
-        (lambda: loss(H, V, H, V, normalizer=[6]), r"normalizer=\[6\] must be a positive number"),
+        (lambda: loss(H, V, H, V, normalizer=0.0), "normalizer is 0, but 6 tokens are valid"),
+        (lambda: loss(H, V, H, V, normalizer=torch.tensor(0)), "normalizer is 0, but 6 tokens are valid"),
+        (lambda: loss(H, V, H, V, normalizer=-2), "normalizer=-2 must not be negative"),
+        (lambda: loss(H, V, H, V, normalizer=[6]), r"normalizer=\[6\] must not be negative"),
+        (lambda: loss(H, V, H, V * torch.ones((), requires_grad=True)), "teacher's head.*graph.*no_grad"),
         (lambda: loss(H, V, H, V, normalizer=torch.ones(6)), r"normalizer has shape \(6,\): it must be one number"),
         (lambda: loss(H, V, H, V, normalizer=torch.tensor(-2.0)), "normalizer=-2.0 must not be negative"),
         (lambda: loss(H, V, H, V, labels=LABELS.tolist()), "labels are a list.*tensor of token ids"),
@@ -362,9 +367,9 @@ LABELS = torch.zeros(6, dtype=torch.int64)
         (lambda: Head(V, softcap=-1.0), "Head.softcap=-1.0"),
         (lambda: SkewForwardKL(1.0), r"SkewForwardKL\(skew=1.0\): skew must be in"),
         (lambda: SkewReverseKL(-0.1), r"SkewReverseKL\(skew=-0.1\)"),
-        (lambda: JSD(0.0), r"JSD\(beta=0.0\): beta must be in \(0, 1\)"),
+        (lambda: JSD(-0.1), r"JSD\(beta=-0.1\): beta must be in \[0, 1\]"),
         (lambda: JSD(math.nan), r"JSD\(beta=nan\)"),
-        (lambda: Alpha(1.0), r"Alpha\(alpha=1.0\)"),
+        (lambda: Alpha(1.1), r"Alpha\(alpha=1.1\)"),
     ],
 )
 def test_bad_input_is_refused_by_name(call: Any, message: str) -> None:

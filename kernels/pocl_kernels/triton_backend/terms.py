@@ -1,9 +1,9 @@
 """Prints a divergence's definition as a Triton function, so that no kernel here knows a divergence.
 
-The kernels call ``term(l, r, q, p, d, l0, r0, d0, uniforms) -> (value, slope)``, d = l - r; the slope is relative to the
-anchor, whose l and r are l0 and r0 (``device.py``). Whatever depends on the run-time parameters alone (``log(1 - skew)``
-and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule that changes a
-parameter at every step never compiles anew. Two divergences with the same code share one function.
+The kernels call ``term(l, r, q, p, d, l0, r0, d0, uniforms) -> (value, slope)``, d = l - r; the slope is relative to
+the anchor, whose l and r are l0 and r0 (``device.py``). Whatever depends on the run-time parameters alone (``log(1 -
+skew)`` and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule that
+changes a parameter at every step never compiles anew. Two divergences with the same code share one function.
 """
 
 from __future__ import annotations
