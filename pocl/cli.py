@@ -122,12 +122,15 @@ def evaluate(
     recipe: --evaluation.temperature 1[/dim]
     """
 
+    folders: list[Path] = []
+
     def work(console: Console) -> None:
         from pocl.pipeline.benchmarking import evaluate_run
         from pocl.recipe import load_recipe
         from pocl.report import results_table
 
         recipe = load_recipe(run, context.args)
+        folders.append(Path(recipe.output))
         quiet_libraries()
         done = evaluate_run(
             recipe,
@@ -145,7 +148,7 @@ def evaluate(
             _print_results(results_table(done.metrics, {}), console)
             console.print(f"\nScores:   {done.folder}", highlight=False, soft_wrap=True)
 
-    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), folders)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -196,7 +199,7 @@ def status(
         else:
             print_status(found, console)
 
-    _guarded(work, f"pocl status {shlex.quote(str(folder))}")
+    _guarded(work, f"pocl status {shlex.quote(str(folder))}", [folder])
 
 
 @app.command()
@@ -212,7 +215,7 @@ def report(
         console.print(f"Report: {write_report(folder)}", highlight=False)
         RunFolder(folder).refresh("report", ["report"])
 
-    _guarded(work, f"pocl report {shlex.quote(str(folder))}")
+    _guarded(work, f"pocl report {shlex.quote(str(folder))}", [folder])
 
 
 @app.command(context_settings={**_OVERRIDES, "help_option_names": []}, add_help_option=False)
@@ -251,11 +254,13 @@ def _run(
     plot: bool = False,
 ) -> None:
     """Read a recipe and run it up to a step; `plot`: show the ranking."""
+    folders: list[Path] = []
 
     def work(console: Console) -> None:
         from pocl.recipe import load_recipe
 
         recipe = load_recipe(name, overrides)
+        folders.append(Path(recipe.output))
         quiet_libraries()
         if dry_run:
             _print_plan(recipe, console)
@@ -267,7 +272,7 @@ def _run(
             _plot_ranking(folder, console)
         _print_outcome(folder, until, console)
 
-    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]))
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), folders)
 
 
 def _is_first_process() -> bool:
@@ -275,10 +280,17 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _guarded(work: Callable[[Console], None], command: str) -> None:
-    """Run a command's work; what a user can mend is told in words, without a traceback."""
+def _guarded(work: Callable[[Console], None], command: str, folders: Sequence[Path] = ()) -> None:
+    """Run a command's work; what goes wrong is told in words, and its traceback kept in a file.
+
+    Args:
+        work: gets a console to speak on.
+        command: how the user called it.
+        folders: the run folder, if there is one; `work` may append it once it is known.
+    """
     from rich.console import Console
-    from rich.markup import escape
+
+    from pocl.errors import tell
 
     console = Console(quiet=not _is_first_process())
     try:
@@ -287,8 +299,10 @@ def _guarded(work: Callable[[Console], None], command: str) -> None:
         console.print("\n[yellow]Stopped.[/yellow] Nothing is lost; go on with the same command:", highlight=False)
         console.print(f"  {command}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        Console(stderr=True).print("[red]Error:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        tell(error, command, folders)
         raise typer.Exit(1) from None
 
 

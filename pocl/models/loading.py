@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pocl.models.adapters import check_adapters
+from pocl.models.faults import check_loaded, naming_faults
 from pocl.models.wrappers import peft_wrapper
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,29 +42,38 @@ def load_causal_lm(
         A `PreTrainedModel`; with `trained` and an adapter a `PeftModel`.
 
     Raises:
-        ValueError: an adapter without safetensors, without a base that can be found, or of a kind that adds tokens
-            (prompt tuning); PEFT is not installed.
-        OSError: there is no such model.
+        ValueError: there is no such model, it is damaged, of another kind, or lacks weights; an adapter without
+            safetensors, without a base that can be found, or of a kind that adds tokens (prompt tuning); PEFT is not
+            installed.
+        OSError: the hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
     settings = adapter_settings(source, revision)
     if settings is None:
         found = {} if Path(source).is_dir() else {"revision": revision}
-        return AutoModelForCausalLM.from_pretrained(source, **options, **found).eval()
+        return _load(source, options | found).eval()
     base = _base_of(source, settings)
     if not Path(base).is_dir():
         options["revision"] = settings.get("revision")
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    model = _load(base, options)
     return _with_adapter(model, source, trained, revision).eval()
+
+
+def _load(source: str | Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with naming_faults(source):
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    check_loaded(source, info)
+    return model
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id; where an adapter comes without one, that of its base.
 
     Raises:
-        OSError: there is none.
+        ValueError: there is none, or it is damaged.
+        OSError: the hub cannot be reached.
     """
     from transformers import AutoTokenizer
 
@@ -72,7 +82,8 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, trust_rem
     if settings is not None and Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").exists():
         source = _base_of(source, settings)
         options = {} if Path(source).is_dir() else {"revision": settings.get("revision")}
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+    with naming_faults(source):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def adapter_settings(source: str | Path, revision: str | None = None) -> dict[str, Any] | None:

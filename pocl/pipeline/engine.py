@@ -70,7 +70,8 @@ def run_steps(
         started = time.perf_counter()
         try:
             summary = _do(step, context, processes)
-        except BaseException:
+        except BaseException as error:
+            error.add_note(f"In the step {step.name!r}")
             if processes.rank == 0:
                 with contextlib.suppress(OSError):  # a disk that is full: what failed first is what to tell
                     folder.pause(step.name, seconds=time.perf_counter() - started)
