@@ -82,18 +82,21 @@ def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
 def test_a_folder_without_a_whole_model_is_told_in_words(name: str, folder: Path) -> None:
     spoil, message = MODELS[name]
     spoil(folder)
-    with pytest.raises(ValueError, match=f"student.*{message}"):
+    with pytest.raises(ValueError, match=message) as raised:
         load_causal_lm(folder)
+    assert str(folder) in str(raised.value)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_folder_without_a_tokenizer_is_told_in_words(name: str, folder: Path) -> None:
     spoil, message = TOKENIZERS[name]
     spoil(folder)
-    with pytest.raises(ValueError, match=f"student.*{message}"):
+    with pytest.raises(ValueError, match=message) as raised:
         load_tokenizer(folder)
+    assert str(folder) in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT 0.21 asks by the old name
 def test_an_adapter_whose_base_is_damaged_names_the_base(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(load_causal_lm(folder), peft.LoraConfig(target_modules=["q_proj"]))
