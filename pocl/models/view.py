@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pocl.models.head import head_of
 from pocl.models.hidden import backbone_of, backbone_states, entering_states, states_and_router_loss
-from pocl.models.wrappers import text_config, unwrapped
+from pocl.models.wrappers import context_of, text_config, unwrapped
 from pocl_kernels import Head
 
 _KEY = "_pocl_view"
@@ -62,14 +62,14 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """Tokens the model can see at once, None if its config sets no limit."""
-        value = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
-        if not value or value < 0:
+        value = context_of(self.config)
+        if value is None:
             return None
         for name, module in self.model.named_modules():
             # RoBERTa and its kin begin to count behind the padding's position
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                return int(value) - module.padding_idx - 1
-        return int(value)
+                return value - module.padding_idx - 1
+        return value
 
     @property
     def vocabulary(self) -> int:

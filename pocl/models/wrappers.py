@@ -40,6 +40,12 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def context_of(config: Any) -> int | None:
+    """Tokens that a language model of this config can see at once, None if it sets no limit."""
+    value = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(value) if value and value > 0 else None
+
+
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off; what was before is restored, module by module."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl.embedded import cut_layers, drop_layers, embedded_rows
 from pocl.pipeline.context import SPLITS, Context, naming_folder, whole_file, write_parquet
+from pocl.pipeline.preflight import check_lengths
 from pocl.recipe import Recipe
 from pocl.split import hold_out
 
@@ -95,12 +96,14 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
     counts: dict[str, int] = {}
     reports: dict[str, str] = {}
     source = read_source(context.recipe)
-    further = tokens_of_student_alone(context)
+    # a ranking may do without a teacher
+    further = tokens_of_student_alone(context) if "models" in context.summaries else {}
     for split, examples in split_examples(context.recipe, source, say=context.say).items():
         kept = examples
         if len(examples):
             rows, report = context.tokenize(examples)
             check_no_further_token(rows, further)
+            check_lengths(context, split, rows)
             ids = set(rows["sample_id"])
             kept = examples.select([i for i, number in enumerate(examples["id"]) if number in ids])
             reports[split] = str(report)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.engine import Step, fingerprints, run_steps
 from pocl.pipeline.made import make_models
+from pocl.pipeline.preflight import check_settings
 from pocl.pipeline.steps import CACHE, RANKING, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder, RunFolderError, differences
@@ -72,7 +73,10 @@ def run(
         context = Context(recipe, path, console if processes.rank == 0 else Console(quiet=True))
         if only:
             processes.first(lambda: check_done(steps, until, folder))
-        run_steps(needed_for(steps, until), context, folder, context.console, processes)
+        needed, marks = needed_for(steps, until), fingerprints(steps)
+        pending = [step.name for step in needed if not folder.is_finished(step.name, marks[step.name])]
+        processes.first(lambda: check_settings(recipe, pending))
+        run_steps(needed, context, folder, context.console, processes)
     return path
 
 

@@ -244,6 +244,8 @@ def _trainer(
     """A trainer with the recipe's settings; `options` are further ones of `POCLConfig`."""
     from transformers import PrinterCallback
 
+    from pocl.models import check_no_further_token
+    from pocl.pipeline.prepare import tokens_of_student_alone
     from pocl.pipeline.validation import validation_metrics
     from pocl.trainer import POCLConfig, POCLTrainer
 
@@ -279,6 +281,8 @@ def _trainer(
         **options,
     )
     labels_alone = all(stage.kd_ratio == 0 for stage in curriculum.stages)
+    if not labels_alone:  # the data may have been read before there was a teacher
+        check_no_further_token(rows, tokens_of_student_alone(context))
     on_policy = options.get("on_policy", 0) > 0
     teacher = None if labels_alone else teacher_for_training(context, on_policy=on_policy)
     trainer = POCLTrainer(

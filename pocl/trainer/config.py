@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +89,9 @@ class POCLConfig(TrainingArguments):
             except ValueError as error:
                 raise ValueError(f"save_every {error}") from None
         check_launcher_precision("bf16" if self.bf16 else "fp16" if self.fp16 else "no")
+        check_reporters(self.report_to)
+        if self.fp16 and not torch.accelerator.is_available():
+            raise ValueError("fp16=True needs a GPU, and there is none here; set bf16=True, or train in float32")
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must be False: an epoch trains on every sample of its stage once")
         if self.label_smoothing_factor:
@@ -98,6 +103,32 @@ class POCLConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+
+
+def check_reporters(names: str | Sequence[str] | None) -> None:
+    """Refuses reporters that transformers does not know, or whose package is not installed.
+
+    Raises:
+        ValueError: names the reporter, those that are known, or what to install.
+    """
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = integration_utils.get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in ("none", "all") or name in installed:
+            continue
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; known are none, all, {', '.join(sorted(known))}"
+            raise ValueError(f"report_to: there is no reporter {name!r}{hint}")
+        try:
+            known[name]()  # some are there without being listed
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"report_to: {name} needs a package that is not installed: pip install {name.replace('_', '-')}, or "
+                "leave it out (the run's log is kept anyway)"
+            ) from error
 
 
 def check_launcher_precision(chosen: str) -> None:

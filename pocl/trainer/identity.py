@@ -99,6 +99,7 @@ def run_identity(trainer: Any, student: Mapping[str, Any]) -> dict[str, Any]:
         "curriculum": dataclasses.asdict(curriculum),
         "divergence": [repr(divergence) for divergence in trainer.divergences],
         "batch_size": trainer.batch_size,
+        "rerank": trainer.rerank is not None,
         **arguments,
     }
     return _plain(identity)
