@@ -71,6 +71,8 @@ def test_columns_that_arrow_holds_as_they_are_keep_their_types(
         [{"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, {"messages": [USER, ANSWER], "tools": [{}]}],
         [{"messages": [USER, {**ANSWER, "tool_calls": [{"a": {"b": 1}}]}]}] + [{"messages": [USER, ANSWER]}] * 1500,
         [{"prompt": "a", "completion": {"b": 1}}, {"prompt": "c", "completion": 4}, {"prompt": 0, "completion": "x"}],
+        [{"messages": [USER, {**ANSWER, "tool_calls": [{"a": {"b": None}}]}]}],
+        [{"prompt": "a", "completion": {"b": 1}}] * 1000 + [{"prompt": "a", "completion": {"c": 1}}],
         [{"prompt": "a", "completion": 10**30}, {"prompt": "b", "completion": False}],
         [
             {"instruction": "a", "output": "b", "history": [["c", "d"]], "system": "e"},
