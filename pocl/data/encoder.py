@@ -224,7 +224,7 @@ class Encoder:
             prompts.append(prompt)
             wholes.append(prompt + answer)
             answers.append(answer)
-        of_prompts, of_wholes = self._plain_ids(prompts), self._plain_ids(wholes)
+        of_prompts, of_wholes = self.plain_ids(prompts), self.plain_ids(wholes)
         # Joint encoding keeps sentence-piece spaces right; where a merge crosses the border the two are encoded apart,
         # because at generation time the model sees the prompt's own tokens.
         apart = [
@@ -232,15 +232,15 @@ class Encoder:
             for i, (prompt, whole) in enumerate(zip(of_prompts, of_wholes, strict=True))
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt)
         ]
-        for i, answer in zip(apart, self._plain_ids([answers[i] for i in apart], special=False), strict=True):
+        for i, answer in zip(apart, self.plain_ids([answers[i] for i in apart], special=False), strict=True):
             of_wholes[i] = of_prompts[i] + answer
         return [
             _Encoded([*whole, self.tokenizer.eos_token_id], [(len(prompt), len(whole) + 1)], len(prompt))
             for prompt, whole in zip(of_prompts, of_wholes, strict=True)
         ]
 
-    def _plain_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """The ids of texts without special tokens of their own; `special` adds the BOS if the model has one."""
+    def plain_ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """The ids of texts under no template, their end open; `special` adds the BOS if the model has one."""
         found = self._tokens.ids(texts, special=special)
         if self.special_tokens == "text":
             suspects = {

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from pocl.data.corpus import BLOCKS, DOCUMENTS, CorpusReport, block_pieces, corpus_schema, is_corpus, read_documents
 from pocl.data.encoder import IGNORE_INDEX, Encoder
+from pocl.data.parallel import check_workers
 from pocl.data.report import DataReport
+from pocl.data.rows import CHUNK, Piece, in_chunks, map_rows, row_schema, write_rows
+from pocl.data.tables import slice_of
 from pocl.data.templates import TEMPLATES, render_prompt, resolve_template
+from pocl.run_folder import write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE_INDEX",
     "TEMPLATES",
+    "CorpusReport",
     "DataReport",
     "Encoder",
     "check_columns",
@@ -24,8 +37,8 @@ __all__ = [
     "tokenize",
 ]
 
-_CHUNK = 4096  # rows that are Python lists at a time; the rest lies packed in Arrow tables
 _BATCH = 256  # examples in one call of the tokenizer
+FORMAT = 1  # of what is stored; raise it when the same examples make other rows
 
 
 def tokenize(
@@ -38,8 +51,11 @@ def tokenize(
     labels: str = "last",
     template_kwargs: Mapping[str, Any] | None = None,
     special_tokens: str = "text",
+    blocks: str = "joined",
+    workers: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
-) -> tuple[Dataset, DataReport]:
+) -> tuple[Dataset, DataReport | CorpusReport]:
     """Turns examples into token rows whose labels cover the answer and the token that ends it.
 
     Under a chat template the ids are those of the template's text of the whole conversation, up to the end of its last
@@ -61,6 +77,10 @@ def tokenize(
         template_kwargs: further variables of the chat template, such as `enable_thinking`; a row's own come first.
         special_tokens: what the text of a special token is in the data: `text`, or the token (`tokens`). The thoughts
             of an assistant, `<think>` and `</think>`, are tokens either way.
+        blocks: of the texts of a corpus: `joined`, with the end token between them, or each `apart`.
+        workers: processes that share the work, one for each core when left out; the rows are the same for any number.
+        cache_dir: a folder where the rows are kept, memory-mapped, for whoever asks again with the same examples,
+            tokenizer and options. None keeps them in memory.
         progress: show a progress bar.
 
     Returns:
@@ -72,53 +92,144 @@ def tokenize(
         ValueError: missing column, unknown argument, no EOS token, limits too small, nothing left, or a conversation
             that the template refuses or writes in part only (names the sample).
     """
-    from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
-
-    check_columns(examples.column_names)
-    encoder = Encoder(
-        tokenizer,
-        template,
-        max_length,
-        max_prompt_length,
-        labels=labels,
-        template_kwargs=template_kwargs,
-        special_tokens=special_tokens,
-    )
-    features = Features(
-        {
-            "sample_id": Value("int64"),
-            "input_ids": Sequence(Value("int32")),
-            "labels": Sequence(Value("int32")),
-            "prompt_length": Value("int32"),
-        }
-    )
-
-    def rows() -> Iterator[dict[str, Any]]:
-        from tqdm.auto import tqdm
-
-        with tqdm(total=len(examples), desc="tokenising", unit=" samples", disable=not progress) as bar:
-            for batch in _chunks(iter(examples), _BATCH):
-                yield from (row for row in encoder.encode_batch(batch) if row is not None)
-                bar.update(len(batch))
-
-    chunks = [Dataset.from_list(list(chunk), features=features) for chunk in _chunks(rows(), _CHUNK)]
-    report = encoder.report(len(examples), sum(map(len, chunks)))
-    if not chunks:
-        raise ValueError(f"no sample is left after tokenisation: {report}")
-    return concatenate_datasets(chunks), report
+    options: dict[str, Any] = {
+        "template": template,
+        "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
+        "labels": labels,
+        "template_kwargs": template_kwargs,
+        "special_tokens": special_tokens,
+        "blocks": blocks,
+    }
+    if cache_dir is None:
+        return _in_memory(RowMaker(examples, tokenizer, **options, workers=workers, progress=progress))
+    mark = rows_fingerprint(examples, tokenizer, options)
+    path, note = (Path(cache_dir, f"rows-{mark}.{kind}") for kind in ("arrow", "json"))
+    if path.is_file() and note.is_file():
+        kind = CorpusReport if is_corpus(examples.column_names) else DataReport
+        return map_rows(path), kind(**json.loads(note.read_text("utf-8")))
+    maker = RowMaker(examples, tokenizer, **options, workers=workers, progress=progress)
+    write_rows(path, maker.schema, maker.batches())
+    write_text(note, json.dumps(asdict(maker.report())) + "\n")
+    return map_rows(path), maker.report()
 
 
-def _chunks(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while chunk := list(islice(rows, size)):
-        yield chunk
+def _in_memory(maker: RowMaker) -> tuple[Dataset, DataReport | CorpusReport]:
+    from datasets import Dataset
+    from datasets.fingerprint import generate_random_fingerprint
+
+    table = pa.Table.from_batches(maker.batches(), schema=maker.schema)
+    return Dataset(table, fingerprint=generate_random_fingerprint()), maker.report()
+
+
+class RowMaker:
+    """Token rows in the making; see `tokenize` for the arguments.
+
+    Attributes:
+        schema: of the rows.
+    """
+
+    def __init__(
+        self,
+        examples: Dataset,
+        tokenizer: Any,
+        *,
+        template: str = "auto",
+        max_length: int = 512,
+        max_prompt_length: int = 256,
+        labels: str = "last",
+        template_kwargs: Mapping[str, Any] | None = None,
+        special_tokens: str = "text",
+        blocks: str = "joined",
+        workers: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        self._corpus = is_corpus(examples.column_names)
+        if not self._corpus:
+            check_columns(examples.column_names)
+        if blocks not in BLOCKS:
+            raise ValueError(f"blocks must be one of {', '.join(BLOCKS)}, got {blocks!r}")
+        check_workers(workers)
+        self._examples, self._max_length, self._blocks = examples, max_length, blocks
+        self._options: dict[str, Any] = {"workers": workers, "progress": progress}
+        self._encoder = Encoder(  # made here, so that bad arguments are told before any process starts
+            tokenizer,
+            "plain" if self._corpus else template,
+            max_length,
+            max_prompt_length,
+            labels=labels,
+            template_kwargs=template_kwargs,
+            special_tokens=special_tokens,
+        )
+        self.schema = corpus_schema() if self._corpus else row_schema()
+        self._counts: Counter[str] = Counter()
+        self._num_rows = 0
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The rows, in order.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for rows, counts in self._blocks_of_documents() if self._corpus else self._rows_of_examples():
+            self._counts.update(counts)
+            self._num_rows += len(rows)
+            yield rows
+        if not self._num_rows:
+            raise ValueError(f"no sample is left after tokenisation: {self.report()}")
+
+    def report(self) -> DataReport | CorpusReport:
+        """What became of the examples, once the batches are there."""
+        kind = CorpusReport if self._corpus else DataReport
+        names = {f.name for f in fields(kind)} - {"num_examples", "num_samples"}
+        return kind(len(self._examples), self._num_rows, **{name: self._counts[name] for name in names})
+
+    def _rows_of_examples(self) -> Iterator[Piece]:
+        encoder, schema = self._encoder, self.schema
+
+        def work(examples: list[dict[str, Any]]) -> Piece:
+            before = dict(encoder.counts)
+            batches = (examples[i : i + _BATCH] for i in range(0, len(examples), _BATCH))
+            rows = [row for batch in batches for row in encoder.encode_batch(batch) if row is not None]
+            counts = {name: count - before[name] for name, count in encoder.counts.items()}
+            return pa.RecordBatch.from_pylist(rows, schema=schema), counts
+
+        return in_chunks(self._examples, work, **self._options)
+
+    def _blocks_of_documents(self) -> Iterator[Piece]:
+        documents = in_chunks(self._examples, read_documents(self._encoder), size=DOCUMENTS, **self._options)
+        return block_pieces(documents, self._max_length, self._blocks)
+
+
+def rows_fingerprint(examples: Dataset, tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """32 hex digits that stand for everything that decides the rows of `tokenize`."""
+    digest = hashlib.blake2b(digest_size=16)
+    engine = getattr(tokenizer, "backend_tokenizer", None)
+    model = getattr(tokenizer, "sp_model", None)
+    vocabulary = engine.to_str() if engine is not None else repr(sorted(tokenizer.get_vocab().items()))
+    parts = [FORMAT, options, type(tokenizer).__name__, tokenizer.chat_template, tokenizer.special_tokens_map]
+    digest.update(json.dumps([*parts, tokenizer.init_kwargs], sort_keys=True, default=str).encode())
+    digest.update(vocabulary.encode())
+    digest.update(model.serialized_model_proto() if model is not None else b"")
+    for first in range(0, len(examples), CHUNK):
+        chunk = slice_of(examples, first, CHUNK).combine_chunks()
+        chunk = chunk.take(pa.array(range(len(chunk))))  # a copy, that it lie the same however the table was cut
+        for batch in chunk.replace_schema_metadata(None).to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def check_columns(columns: Sequence[str]) -> None:
     """Refuses a table that `load_examples` has not made.
 
     Raises:
-        ValueError: `id`, `prompt` or `response` is missing.
+        ValueError: `id`, `prompt` or `response` is missing, or they are the texts of a corpus.
     """
+    if is_corpus(columns):
+        raise ValueError(
+            "examples are the texts of a corpus, without questions and answers; make token rows of them with tokenize, "
+            "and score those with answers=False"
+        )
     missing = [c for c in ("id", "prompt", "response") if c not in columns]
     if missing:
         raise ValueError(

@@ -48,8 +48,11 @@ def _select(dataset: Any, rows: range) -> list[Mapping[str, Any]]:
 class SampleReader:
     """Turns rows, raw or tokenised, into samples: of a conversation, the last answer and all that stands before it.
 
+    A tokenised row is split where its `prompt_length` says, or its first label; its answer is judged by its column
+    `reference`, or, without one, by the text of its labels.
+
     Raises:
-        ValueError: a tokenised row that is not a prompt followed by its response.
+        ValueError: a tokenised row that is not a prompt followed by its response, or the texts of a corpus.
     """
 
     def __init__(
@@ -77,6 +80,11 @@ class SampleReader:
             special_tokens=special_tokens,
         )
 
+    @classmethod
+    def of_rows(cls, tokenizer: Any) -> SampleReader:
+        """For rows from `tokenize`."""
+        return cls(tokenizer, ["input_ids"], template="plain", max_length=8, max_prompt_length=4)
+
     def describe(self) -> dict[str, Any]:
         """What decides how a row becomes a sample."""
         if self.tokenised:
@@ -97,7 +105,8 @@ class SampleReader:
 
     def _from_tokens(self, row: Mapping[str, Any]) -> Sample | None:
         ids, labels = list(row["input_ids"]), list(row["labels"])
-        prompt_length = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        first_label = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        prompt_length = first_label if first_label == len(labels) else row.get("prompt_length", first_label)
         if prompt_length == len(labels) or prompt_length == 0:
             self.encoder.counts["empty_responses" if prompt_length else "empty_prompts"] += 1
             return None
@@ -106,7 +115,9 @@ class SampleReader:
                 f"labels of sample {row['sample_id']} are not -100 up to the response and its tokens from there on; "
                 "several turns in one row cannot be ranked: give each its own row"
             )
-        reference = self.tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
+        reference = row.get("reference")
+        if reference is None:
+            reference = self.tokenizer.decode(ids[prompt_length:], skip_special_tokens=True)
         return Sample(int(row["sample_id"]), ids[:prompt_length], ids[prompt_length:], reference)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from torch import nn
 
+from pocl.data.corpus import is_corpus
 from pocl.data.tables import arrow_column
 from pocl.difficulty.measure import (
     MAX_BATCH_TOKENS,
@@ -88,8 +89,8 @@ def score(
     Args:
         model: the student, a Hugging Face causal language model.
         tokenizer: its tokenizer.
-        dataset: examples from `load_examples`, streaming or not, or rows from `tokenize` (references are then decoded
-            from the labels).
+        dataset: examples from `load_examples`, streaming or not, or rows from `tokenize` (references are then the
+            column `reference`, or decoded from the labels).
         output_dir: where finished shards and the table are kept, and taken up again after a stop. None keeps them in
             memory; several processes need a folder that all of them see.
         template, max_length, max_prompt_length, template_kwargs, special_tokens: as in `tokenize`; unused for rows.
@@ -133,6 +134,8 @@ def score(
         special_tokens=special_tokens,
     )
     _check_ids(dataset, read)
+    if answers and is_corpus(_columns(dataset)):
+        raise ValueError("dataset holds blocks of a corpus, which are no questions to answer; pass answers=False")
     if not answers and generation is not None:
         raise ValueError("generation is given but answers=False; leave out one of the two")
     check_models(model, teacher)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pocl.data.corpus import is_corpus
+from pocl.data.tables import values_of
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.evaluating import evaluated_models, score_models
 from pocl.pipeline.run import run
@@ -151,7 +153,7 @@ def _score_elsewhere(
         examples: Any = load_examples(data, split=part, limit=recipe.data.num_test or None)
         _tell_overlap(context, examples)
     else:
-        examples = context.examples("test")
+        examples = context.judged_rows("test")
     console.print(f"[bold]evaluation/{name}[/bold]  {len(examples)} questions, {', '.join(chosen)}", highlight=False)
     return Evaluation(name, target, score_models(context, chosen, examples, target))
 
@@ -200,8 +202,10 @@ def _models_of(context: Context, names: Sequence[str]) -> dict[str, str]:
 
 def _tell_overlap(context: Context, examples: Dataset) -> None:
     """Questions that the student trained on flatter it."""
-    trained = {normalized(prompt) for prompt in context.examples("train")["prompt"]}
-    count = sum(normalized(prompt) in trained for prompt in examples["prompt"])
+    if is_corpus(examples.column_names):
+        return
+    trained = {normalized(prompt) for prompt in values_of(context.examples("train"), "prompt")}
+    count = sum(normalized(prompt) in trained for prompt in values_of(examples, "prompt"))
     if count:
         context.say(
             f"[yellow]{count} of {len(examples)} questions are among those that the student trained on.[/yellow]"

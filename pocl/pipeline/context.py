@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.data.corpus import is_corpus
 from pocl.digests import content_fingerprint
-from pocl.embedded import EMBEDDED, EMBEDDED_TEXT, embedded_versions, teacher_folder
+from pocl.embedded import (
+    EMBEDDED,
+    EMBEDDED_CORPUS,
+    EMBEDDED_TEXT,
+    embedded_versions,
+    reference_texts,
+    teacher_folder,
+)
 from pocl.pipeline.made import folder_of, recipe_mark, recipe_of
 from pocl.recipe import Recipe
 from pocl.recipe.sections import StudentSection, TeacherSection
-from pocl.run_folder import fingerprint
+from pocl.run_folder import fingerprint, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -117,15 +123,67 @@ class Context:
         """Prompts and responses of `train`, `validation` or `test`; may be empty but for `train`."""
         return self._load(f"examples-{split}", lambda: read_parquet(self.path / "data" / f"{split}.parquet"))
 
-    def rows(self, split: str) -> Dataset:
-        """The same as token rows (`pocl.data.tokenize`)."""
-        return self._load(f"rows-{split}", lambda: self.tokenize(self.examples(split))[0])
+    def has_rows(self, split: str) -> bool:
+        """Whether `train`, `validation` or `test` holds any sample."""
+        return self._rows_path(split).is_file()
 
-    def tokenize(self, examples: Dataset) -> tuple[Dataset, Any]:
+    def store_rows(self, split: str, examples: Dataset) -> Any:
+        """Make the token rows of a split, for all steps, processes and later launches; returns what became of them."""
+        labels = self.recipe.data.labels
+        report = self._write_rows(self._rows_path(split), examples, labels)
+        if labels != "last" and not is_corpus(examples.column_names):
+            self._write_rows(self._judged_path(split), examples, "last")
+        return report
+
+    def _write_rows(self, path: Path, examples: Dataset, labels: str) -> Any:
+        from pocl.data.encoding import RowMaker
+        from pocl.data.rows import write_rows
+
+        data = self.recipe.data
+        options: dict[str, Any] = {"labels": labels, "blocks": data.blocks, "workers": data.workers}
+        maker = RowMaker(examples, self.tokenizer(), **options, **self.text_options())
+        write_rows(path, maker.schema, maker.batches())
+        return maker.report()
+
+    def rows(self, split: str) -> Dataset:
+        """The token rows that `train`, `validation` or `test` is learnt from (`pocl.data.tokenize`), memory-mapped."""
+        from pocl.data.rows import map_rows
+
+        return self._load(f"rows-{split}", lambda: map_rows(self._rows_path(split)))
+
+    def judged_rows(self, split: str) -> Dataset:
+        """The token rows that ranking and evaluation judge: the last answers, beside each the text of its `reference`.
+
+        Those of a corpus are the blocks that are learnt, without references.
+        """
+        from datasets import concatenate_datasets
+
+        from pocl.data.rows import map_rows
+
+        rows = self.rows(split)
+        if is_corpus(rows.column_names):
+            return rows
+        rows = map_rows(self._judged_path(split)) if self._judged_path(split).is_file() else rows
+        answers = read_parquet(self.path / "data" / f"{split}.parquet", columns=["response"])
+        return concatenate_datasets([rows, answers.rename_column("response", "reference")], axis=1)
+
+    def is_corpus(self) -> bool:
+        """Whether the run learns texts, without questions and answers."""
+        return is_corpus(self.rows("train").column_names)
+
+    def tokenize(self, examples: Dataset) -> Dataset:
+        """The token rows of other examples."""
         from pocl.data import tokenize
 
-        labels = self.recipe.data.labels
-        return tokenize(examples, self.tokenizer(), labels=labels, progress=False, **self.text_options())
+        data = self.recipe.data
+        options: dict[str, Any] = {"labels": data.labels, "blocks": data.blocks, "workers": data.workers}
+        return tokenize(examples, self.tokenizer(), progress=False, **options, **self.text_options())[0]
+
+    def _rows_path(self, split: str) -> Path:
+        return self.path / "data" / f"rows-{split}.arrow"
+
+    def _judged_path(self, split: str) -> Path:
+        return self.path / "data" / f"judged-{split}.arrow"
 
     def text_options(self) -> dict[str, Any]:
         """How examples become tokens, as keyword arguments that `tokenize`, `score` and `evaluate` share."""
@@ -185,30 +243,15 @@ def in_memory(table: pa.Table, mark: str) -> Dataset:
 
 
 def write_parquet(table: Dataset, path: Path) -> None:
-    """Write a table so that a reader sees all of it or nothing."""
-    with whole_file(path) as name:
-        table.to_parquet(name)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[str]:
-    """The name to write a file under, which becomes `path` when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        yield name
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write a table, whole or not at all."""
+    with replacing(path) as temporary:
+        table.to_parquet(str(temporary))
 
 
 def source_fingerprint(source: str, revision: str | None = None) -> str:
     """What stands for the content of a model or data set: package versions, file contents, or hub id and revision."""
+    if source == EMBEDDED_CORPUS:
+        return f"Python's reference {fingerprint(reference_texts())}"
     if source in (EMBEDDED, EMBEDDED_TEXT):
         return " ".join(f"{wheel} {version}" for wheel, version in embedded_versions(source).items())
     if (recipe := recipe_of(source)) is not None:

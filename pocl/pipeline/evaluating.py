@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.data.corpus import is_corpus
 from pocl.pipeline.context import Context
 from pocl.run_folder import write_text
 
@@ -27,8 +28,10 @@ def evaluated_models(context: Context) -> dict[str, str]:
 
 def evaluate_models(context: Context) -> Mapping[str, Any]:
     """Cross-entropy, KL to the teacher and ROUGE-L of every model; one file each, so that a restart goes on."""
-    metrics = score_models(context, evaluated_models(context), context.examples("test"), context.path / "evaluation")
-    return {"metrics": metrics, "note": f"{metrics['student-final']['num_samples']} questions."}
+    samples = context.judged_rows("test")
+    metrics = score_models(context, evaluated_models(context), samples, context.path / "evaluation")
+    kind = "blocks" if context.is_corpus() else "questions"
+    return {"metrics": metrics, "note": f"{metrics['student-final']['num_samples']} {kind}."}
 
 
 def score_models(
@@ -39,7 +42,7 @@ def score_models(
     Args:
         context: the run, with the evaluation section to go by.
         models: what each is called, and its folder or hub id.
-        examples: what `load_examples` gives.
+        examples: what `load_examples` gives, or token rows; texts of a corpus are not answered.
         folder: a model whose file is there already is not evaluated again.
     """
     from pocl.evaluate import evaluate
@@ -52,6 +55,10 @@ def score_models(
         do_sample=sampled,
         temperature=section.temperature if sampled else 1.0,
     )
+    corpus = is_corpus(examples.column_names)
+    if corpus and "text" in examples.column_names:
+        examples = context.tokenize(examples)
+    options = {} if "input_ids" in examples.column_names else context.text_options()
     metrics: dict[str, Any] = {}
     for key, source in models.items():
         file = folder / f"{key}.json"
@@ -66,7 +73,8 @@ def score_models(
                 seeds=section.seeds if sampled else (),
                 words=section.words,
                 progress=not context.console.quiet,
-                **context.text_options(),
+                num_generated=0 if corpus else None,
+                **options,
             )
             record = dataclasses.asdict(result)
             if is_teacher:

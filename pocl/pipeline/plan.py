@@ -6,12 +6,17 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pocl.data.tables import values_of
 from pocl.pipeline.curricula import curriculum_of, teacher_passes
+from pocl.pipeline.guess import CHARACTERS_PER_TOKEN
 from pocl.pipeline.steps import build_steps
 from pocl.pipeline.training import divergence_parameters, plans_cache, scales_by_temperature
 from pocl.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ def plan(recipe: Recipe) -> Plan:
 
     Reads the data, and the models' configurations, where they are on this machine; fetches nothing, loads no weights.
     """
+    from pocl.data.corpus import is_corpus
     from pocl.pipeline.guess import seconds_per_step
     from pocl.pipeline.prepare import split_examples
 
@@ -46,7 +52,9 @@ def plan(recipe: Recipe) -> Plan:
             train = split_examples(recipe)["train"]
             count = len(train)
             some = train.select(range(min(count, 1000)))
-            texts = (prompt + response for prompt, response in zip(some["prompt"], some["response"], strict=True))
+            texts = [prompt + response for prompt, response in zip(some["prompt"], some["response"], strict=True)]
+            if is_corpus(train.column_names):
+                count, texts = _blocks(recipe, train)
             seconds = seconds_per_step(recipe, texts, cached=plans_cache(recipe))
     except ConnectionError:
         unread = "they are not on this machine, and a plan fetches nothing"
@@ -70,6 +78,14 @@ def plan(recipe: Recipe) -> Plan:
         _teacher(recipe),
         _loss(recipe),
     )
+
+
+def _blocks(recipe: Recipe, train: Dataset) -> tuple[int, list[str]]:
+    """How many blocks the texts of a corpus make, a guess, and one of them."""
+    size = int(recipe.data.max_length * CHARACTERS_PER_TOKEN)
+    lengths = [len(text) for text in values_of(train, "text")]
+    joined = recipe.data.blocks == "joined"
+    return -(-sum(lengths) // size) if joined else sum(-(-length // size) for length in lengths), ["x" * size]
 
 
 def _loss(recipe: Recipe) -> str:

@@ -7,10 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pocl.data.corpus import is_corpus
+from pocl.data.tables import arrow_column, values_of
 from pocl.embedded import cut_layers, drop_layers, embedded_rows
-from pocl.pipeline.context import SPLITS, Context, naming_folder, whole_file, write_parquet
+from pocl.pipeline.context import SPLITS, Context, naming_folder, write_parquet
+from pocl.pipeline.corpus import check_corpus, write_blocks
 from pocl.pipeline.preflight import check_lengths
 from pocl.recipe import Recipe
+from pocl.run_folder import replacing
 from pocl.split import hold_out
 
 if TYPE_CHECKING:
@@ -101,17 +107,20 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
     for split, examples in split_examples(context.recipe, source, say=context.say).items():
         kept = examples
         if len(examples):
-            rows, report = context.tokenize(examples)
-            check_no_further_token(rows, further)
-            check_lengths(context, split, rows)
-            ids = set(rows["sample_id"])
-            kept = examples.select([i for i, number in enumerate(examples["id"]) if number in ids])
+            report = context.store_rows(split, examples)
+            check_no_further_token(context.rows(split), further)
+            check_lengths(context, split, context.rows(split))
             reports[split] = str(report)
             context.say(f"{split}: {report}")
+            if is_corpus(examples.column_names):
+                counts[split] = write_blocks(context, split)
+                continue
+            made = np.isin(arrow_column(examples, "id"), arrow_column(context.rows(split), "sample_id"))
+            kept = examples if made.all() else examples.select(np.flatnonzero(made))
         counts[split] = len(kept)
         write_parquet(kept, context.path / "data" / f"{split}.parquet")
         if split == "train":  # the same rows with all their columns, which the ranking carries on
-            _write_source(context, source, kept["id"])
+            _write_source(context, source, arrow_column(kept, "id").to_pylist())
     stages = context.recipe.curriculum.num_stages
     if counts["train"] < stages:
         raise ValueError(
@@ -125,8 +134,8 @@ def prepare_data(context: Context) -> Mapping[str, Any]:
 def _write_source(context: Context, source: Rows, ids: Sequence[int]) -> None:
     from pocl.data.whole_rows import write_whole_rows
 
-    with whole_file(context.path / "data" / "train-source.parquet") as path:
-        missing = write_whole_rows(source, list(ids), path)
+    with replacing(context.path / "data" / "train-source.parquet") as path:
+        missing = write_whole_rows(source, list(ids), str(path))
     if missing:
         context.say(f"train: the ranking goes without {', '.join(missing)}, empty dicts, which Parquet cannot hold")
 
@@ -154,12 +163,11 @@ def split_examples(
         ValueError: unreadable or empty data (see `pocl.data.load_examples`), or nothing left to train on.
     """
     from pocl.data.reading import to_examples
-    from pocl.data.tables import arrow_column
 
     def read(name: str, rows: Rows, limit: int | None = None) -> Dataset:
         found, report = to_examples(rows, limit=limit)
-        if "text" in found.column_names:
-            raise ValueError(f"{rows.name} is a corpus (`text`); a recipe needs prompts with answers")
+        if is_corpus(found.column_names):
+            check_corpus(recipe, rows.name)
         say(f"{name}: {report}")
         return found
 
@@ -170,17 +178,16 @@ def split_examples(
         "test": (data.test, data.test_split, data.num_test),
     }
     held_out = {name: size for name, (source, _, size) in named.items() if source is None}
-    prompts = (prompt.as_py() for prompt in arrow_column(whole, "prompt"))
-    parts = hold_out(prompts, list(held_out.values()), seed=recipe.seed)
+    texts = values_of(whole, "text" if is_corpus(whole.column_names) else "prompt")
+    parts = hold_out(texts, list(held_out.values()), seed=recipe.seed)
     chosen = dict(zip(held_out, parts, strict=False))
     for name, part in chosen.items():
-        if held_out[name] and not part:
+        if held_out[name] and not len(part):
             raise ValueError(
                 f"data.num_{name} is {held_out[name]}, but no prompt of {len(whole)} samples has so few equals that it "
                 f"could be held out; name other data in data.{name}, or set data.num_{name} to 0"
             )
-    train = sorted(parts[-1][: data.num_train])
-    found = {"train": whole.select(train)}
+    found = {"train": whole.select(np.sort(parts[-1][: data.num_train]))}
     for name, (other, split, size) in named.items():
         if other is None:
             found[name] = whole.select(chosen[name])
@@ -211,7 +218,7 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
 
     section = context.recipe.teacher_cache
     teacher = context.teacher()
-    splits = ["train", *(["validation"] if len(context.examples("validation")) else [])]
+    splits = [split for split in ("train", "validation") if context.has_rows(split)]
     rows = concatenate_datasets([context.rows(split) for split in splits])
     dtype = getattr(torch, section.dtype) if section.dtype else teacher.dtype
     size = HiddenStateCache.estimate_bytes(rows, teacher.config.get_text_config().hidden_size, dtype)

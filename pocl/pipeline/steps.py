@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pocl.data.encoding import FORMAT
 from pocl.pipeline.context import source_fingerprint
 from pocl.pipeline.curricula import curriculum_of
 from pocl.pipeline.engine import Step
@@ -27,6 +28,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
     """
     values = recipe.model_dump(mode="json")
     seed = {"seed": recipe.seed}
+    data = recipe.data.model_dump(mode="json")
     student_content = recipe.student.model and content(recipe.student.model, recipe.student.revision)
     # A student of one's own brings its tokenizer: its samples can be read and ranked before a teacher is there.
     own = recipe.student.model is not None
@@ -50,9 +52,10 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             outputs=["data"],
             needs=[] if own else [MODELS],
             settings={
-                **_part(values, "data"),
+                "data": {key: value for key, value in data.items() if key != "workers"},
                 **seed,
                 "tokenizer": student_content,
+                "rows": FORMAT,  # are stored as tokens; those of another format are made anew
                 "columns": "all",  # of the training rows are kept; a folder from before that has none to carry on
                 "content": {
                     key: content(source)

@@ -55,8 +55,8 @@ def stored_subsets(context: Context, rows: Dataset) -> list[int]:
         ranked = read_parquet(file, columns=["sample_id", "subset"])
         subsets: list[int] = arrow_column(ranked, "subset").to_numpy()[_places(ranked, ids)].tolist()
         return subsets
-    ranked = read_parquet(file, columns=["sample_id", *_columns(context.recipe)])
-    return _ranked(context.recipe, ranked.select(_places(ranked, ids)))
+    ranked = read_parquet(file, columns=["sample_id", *_columns(context)])
+    return _ranked(context, ranked.select(_places(ranked, ids)))
 
 
 def _places(table: Dataset, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -71,30 +71,30 @@ def reranker(context: Context, rows: Dataset) -> Callable[[int, Any], Sequence[i
     """Ranks the rows again with the student as it is before a stage; a stage's scores are kept and found again."""
     from pocl.pipeline.training import score_samples
 
-    chosen = set(rows["sample_id"])
-    examples = context.examples("train")
-    examples = examples.select([row for row, number in enumerate(examples["id"]) if number in chosen])
+    judged, ids = context.judged_rows("train"), arrow_column(rows, "sample_id").to_numpy()
+    judged = judged.select(np.flatnonzero(np.isin(arrow_column(judged, "sample_id"), ids)))
 
     def rerank(stage: int, model: Any) -> list[int]:
-        scores = score_samples(context, model, examples, context.path / "training" / f"ranking-{stage}")
-        scores = scores.select_columns(["sample_id", *_columns(context.recipe)])
-        subset_of = dict(zip(scores["sample_id"], _ranked(context.recipe, scores), strict=True))
-        return [subset_of[number] for number in rows["sample_id"]]
+        scores = score_samples(context, model, judged, context.path / "training" / f"ranking-{stage}")
+        scores = scores.select_columns(["sample_id", *_columns(context)])
+        subsets = np.asarray(_ranked(context, scores))
+        found: list[int] = subsets[_places(scores, ids)].tolist()
+        return found
 
     return rerank
 
 
-def _columns(recipe: Recipe) -> list[str]:
+def _columns(context: Context) -> list[str]:
     from pocl.pipeline.training import criteria_of
 
-    return [criterion.column for criterion in criteria_of(recipe)]
+    return [criterion.column for criterion in criteria_of(context)]
 
 
-def _ranked(recipe: Recipe, scores: Dataset) -> list[int]:
+def _ranked(context: Context, scores: Dataset) -> list[int]:
     from pocl.difficulty import rank
     from pocl.pipeline.training import criteria_of
 
-    section, parts = recipe.ranking, recipe.curriculum.num_stages
-    ranked = rank(scores, k=section.k, num_subsets=parts, criteria=criteria_of(recipe), partition=section.partition)
+    section, parts, criteria = context.recipe.ranking, context.recipe.curriculum.num_stages, criteria_of(context)
+    ranked = rank(scores, k=section.k, num_subsets=parts, criteria=criteria, partition=section.partition)
     subsets: list[int] = arrow_column(ranked, "subset").to_pylist()
     return subsets

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pocl.curriculum import Curriculum, Stage
 from pocl.data.tables import arrow_column, arrow_table
 from pocl.pipeline.context import Context, in_memory, read_parquet, write_parquet
+from pocl.pipeline.corpus import criteria_without_answers
 from pocl.pipeline.curricula import batch_size_of, curriculum_of, teacher_passes
 from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
 from pocl.recipe import Recipe
@@ -113,12 +114,13 @@ def warm_up(context: Context) -> Mapping[str, Any]:
     return {"steps": trainer.state.global_step, "note": _loss_note(folder)}
 
 
-def criteria_of(recipe: Recipe) -> list[Criterion]:
-    """The criteria that a recipe ranks by."""
+def criteria_of(context: Context) -> list[Criterion]:
+    """The criteria that a run ranks by; among the blocks of a corpus there are no answers to compare."""
     from pocl import difficulty
 
     found = []
-    for section in recipe.ranking.criteria:
+    corpus = context.is_corpus()
+    for section in criteria_without_answers(context.recipe) if corpus else context.recipe.ranking.criteria:
         known: Criterion = getattr(difficulty, section.measure.upper())
         found.append(difficulty.Criterion(known.column, section.direction or known.direction, section.weight))
     return found
@@ -129,16 +131,17 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
     from pocl.difficulty import rank
 
     section = context.recipe.ranking
-    examples = context.examples("train")
+    if context.is_corpus() and section.needs_answers:
+        context.say("The data is a corpus: there are no answers to compare, so rouge_l is left out of the ranking.")
     student = context.load_student(context.warm_student_source())
-    scores = score_samples(context, student, examples, context.path / "ranking")
+    scores = score_samples(context, student, context.judged_rows("train"), context.path / "ranking")
     num_stages = context.recipe.curriculum.num_stages
-    criteria = criteria_of(context.recipe)
+    criteria = criteria_of(context)
     ranked = rank(scores, k=section.k, num_subsets=num_stages, criteria=criteria, partition=section.partition)
-    if section.needs_answers:
+    if "response" in ranked.column_names:
         # `response` is the reference in a data set that other trainers read: the student's answer gets another name
         ranked = ranked.rename_column("response", "student_response")
-    write_parquet(_beside_source(context, examples, ranked), context.path / "ranking" / "ranked.parquet")
+    write_parquet(_beside_source(context, ranked), context.path / "ranking" / "ranked.parquet")
     easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
     return {
         "note": f"Mean cross-entropy {easiest:.2f} in the easiest part, {hardest:.2f} in the hardest; "
@@ -146,19 +149,19 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
     }
 
 
-def _beside_source(context: Context, examples: Dataset, ranked: Dataset) -> Dataset:
+def _beside_source(context: Context, ranked: Dataset) -> Dataset:
     """The ranking behind the columns of the data's own rows."""
     from datasets import concatenate_datasets
 
     source = read_parquet(context.path / "data" / "train-source.parquet")
-    if len(ranked) < len(examples):  # both are in the order of the data
-        scored = np.isin(arrow_column(examples, "id").to_numpy(), arrow_column(ranked, "sample_id").to_numpy())
+    if len(ranked) < len(source):  # both are in the order of the data
+        scored = np.isin(arrow_column(context.rows("train"), "sample_id"), arrow_column(ranked, "sample_id"))
         source = in_memory(arrow_table(source).filter(pa.array(scored)), f"{source._fingerprint}-scored")
     source = source.rename_columns(names_beside_ranking(source.column_names))
     return concatenate_datasets([source, ranked], axis=1)
 
 
-def score_samples(context: Context, student: Any, examples: Dataset, folder: Path) -> Dataset:
+def score_samples(context: Context, student: Any, rows: Dataset, folder: Path) -> Dataset:
     """What the recipe ranks by, measured with a student; kept in a folder, and found there again."""
     from pocl.difficulty import score
     from pocl.generation import GenerationSettings
@@ -167,17 +170,18 @@ def score_samples(context: Context, student: Any, examples: Dataset, folder: Pat
     settings = GenerationSettings(
         max_new_tokens=section.max_new_tokens, no_repeat_ngram_size=section.no_repeat_ngram_size
     )
+    answers = section.needs_answers and not context.is_corpus()
     return score(
         student,
         context.tokenizer(),
-        examples,
+        rows,
         output_dir=folder,
-        answers=section.needs_answers,
+        answers=answers,
         words=section.words,
-        generation=settings if section.needs_answers else None,
+        generation=settings if answers else None,
         teacher=context.teacher() if section.needs_teacher else None,
         progress=not context.console.quiet,
-        **context.text_options(),
+        max_prompt_length=context.recipe.data.max_prompt_length,
     )
 
 
@@ -246,13 +250,14 @@ def _trainer(
 
     from pocl.models import check_no_further_token
     from pocl.pipeline.prepare import tokens_of_student_alone
-    from pocl.pipeline.validation import validation_metrics
+    from pocl.pipeline.validation import metric_of, validation_metrics
     from pocl.trainer import POCLConfig, POCLTrainer
 
     recipe = context.recipe
     training = recipe.training
     in_stages = curriculum.name not in (WARM_UP, ADAPTATION)
-    evaluates = len(context.examples("validation")) > 0 and in_stages
+    evaluates = context.has_rows("validation") and in_stages
+    metric = metric_of(context)
     quiet = context.console.quiet
     config = POCLConfig(
         output_dir=str(folder),
@@ -273,8 +278,8 @@ def _trainer(
         save_every=training.save_every,
         report_to=list(training.report_to) or "none",
         load_best_model_at_end=evaluates and curriculum.start == "best",
-        metric_for_best_model=training.metric if evaluates else None,
-        greater_is_better=training.metric == "rouge_l" if evaluates else None,
+        metric_for_best_model=metric if evaluates else None,
+        greater_is_better=metric == "rouge_l" if evaluates else None,
         seed=training_seed(recipe) if in_stages else recipe.seed,
         disable_tqdm=quiet,  # transformers would derive it from its log level
         **_checkpointing(training.activation_checkpointing),

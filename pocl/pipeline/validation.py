@@ -16,7 +16,7 @@ def validation_metrics(context: Context) -> Callable[[Any], dict[str, float]]:
     from pocl.pipeline.training import teacher_for_training
 
     teacher = teacher_for_training(context)
-    rouge = _answer_metric(context) if context.recipe.training.metric == "rouge_l" else None
+    rouge = _answer_metric(context) if metric_of(context) == "rouge_l" else None
     rows, batch_size = context.rows("validation"), context.recipe.training.batch_size
 
     def measure(model: Any) -> dict[str, float]:
@@ -24,6 +24,11 @@ def validation_metrics(context: Context) -> Callable[[Any], dict[str, float]]:
         return measured | ({"rouge_l": rouge(model)} if rouge else {})
 
     return measure
+
+
+def metric_of(context: Context) -> str:
+    """What the best weights are chosen by: `training.metric`, but for a corpus, which has no answers, the loss."""
+    return "loss" if context.is_corpus() else context.recipe.training.metric
 
 
 def kl_to_teacher(model: Any, teacher: Teacher, rows: Any, batch_size: int) -> float:
@@ -62,8 +67,8 @@ def _answer_metric(context: Context) -> Callable[[Any], float]:
     from pocl.generation import GenerationSettings, end_tokens, generate
     from pocl.rouge import count_wordless, pair_scores, warn_of_wordless
 
-    examples, tokenizer = context.examples("validation"), context.tokenizer()
-    samples = SampleReader(tokenizer, examples.column_names, **context.text_options())(examples)
+    tokenizer = context.tokenizer()
+    samples = SampleReader.of_rows(tokenizer)(context.judged_rows("validation"))
     prompts, references = [sample.prompt for sample in samples], [sample.reference for sample in samples]
     settings = GenerationSettings(max_new_tokens=context.recipe.ranking.max_new_tokens)
     words = context.recipe.ranking.words

@@ -126,7 +126,8 @@ class DataSection(Section):
 
     source: str = "embedded"
     """Hub id, .jsonl/.json/.csv/.txt (also .gz, .zst)/.parquet/.arrow file, folder, `embedded` for the pairs of
-    chatterbot-corpus, or `embedded-text` for these and paragraphs of Wikipedia."""
+    chatterbot-corpus, `embedded-text` for these and paragraphs of Wikipedia, or `embedded-corpus` for texts, Python's
+    own reference."""
     split: str = "train"
     """Split of a hub data set to train on."""
     validation: str | None = None
@@ -155,6 +156,11 @@ class DataSection(Section):
     """Further variables of the chat template, such as `{enable_thinking: false}`. A row's own come first."""
     special_tokens: Literal["text", "tokens"] = "text"
     """What the text of a special token (`<|im_end|>`) is in the data: text like any other, or the token."""
+    blocks: Literal["joined", "apart"] = "joined"
+    """How the texts of a corpus (a `text` column) become blocks of `max_length` tokens: joined, with the end token
+    between them, or each text apart. Its samples are then blocks; `num_train` and the like count texts."""
+    workers: PositiveInt | None = None
+    """Processes that turn text into tokens. Empty: one for each core. The rows are the same for any number."""
     trust_remote_code: bool = False
     """Run loading code that comes with the data. Only for authors you trust."""
 

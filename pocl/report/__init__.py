@@ -160,6 +160,7 @@ def _sample_table(ranked: Mapping[str, Sequence[Any]], chosen: Sequence[int]) ->
     titles = {
         "prompt": "question",
         "response": "reference answer",
+        "text": "text",
         "student_response": "the student's answer then",
     }
     texts = [name for name in titles if name in ranked]

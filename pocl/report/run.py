@@ -27,7 +27,7 @@ class Run:
     steps: Mapping[str, Mapping[str, Any]]
     """Manifest entries by step."""
     ranked: Mapping[str, Sequence[Any]]
-    """Columns of ranking/ranked.parquet, with `prompt` and `response` as they were ranked."""
+    """Columns of ranking/ranked.parquet, with `prompt` and `response` (a corpus: `text`) as they were ranked."""
     test: Mapping[str, Sequence[Any]]
     """Columns of data/test.parquet."""
     results: Mapping[str, Mapping[str, Any]]
@@ -116,7 +116,8 @@ def _ranked(path: Path) -> dict[str, list[Any]]:
         return {}
     row_of = {number: row for row, number in enumerate(texts["id"])}
     rows = [row_of[number] for number in table["sample_id"]]
-    return table | {name: [texts[name][row] for row in rows] for name in ("prompt", "response")}
+    names = [name for name in ("prompt", "response", "text") if name in texts]
+    return table | {name: [texts[name][row] for row in rows] for name in names}
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:

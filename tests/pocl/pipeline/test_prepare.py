@@ -77,12 +77,6 @@ def test_equal_prompts_that_leave_nothing_to_hold_out_are_told(tmp_path: Path) -
         split({"source": str(tmp_path / "rows.jsonl"), "num_validation": 4, "num_test": 4})
 
 
-def test_a_corpus_is_refused_where_answers_are_needed(tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("a text\n")
-    with pytest.raises(ValueError, match="is a corpus"):
-        split({"source": str(tmp_path / "corpus.txt")})
-
-
 def test_fingerprints_of_sources_follow_content_version_or_name(tmp_path: Path) -> None:
     first, second = write_pairs(tmp_path / "a.jsonl", 3), write_pairs(tmp_path / "b.jsonl", 3)
     assert source_fingerprint(str(first)) == source_fingerprint(str(second))
