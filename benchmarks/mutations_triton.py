@@ -57,7 +57,7 @@ MUTATIONS = (
     Mutation("only the last tile's value", VALUES, "tl.load(sums + VALUE * step) + tl.sum(D, 0)", "tl.sum(D, 0)", LOW),
     Mutation("second order of the KL dropped", STATE, "F / S_t - excess(E / S_t)", "F / S_t", KL),
     Mutation("c of the reverse KL", STATE, "(reverse - a)", "(reverse + a)", LOSSES + "every_divergence and fkl-low"),
-    Mutation("only the last chunk's gradient", PROJECTION, "add=self._taken > 1", "add=False", FAST),
+    Mutation("only the last chunk's gradient", PROJECTION, "add=self._products_of_weight > 0", "add=False", FAST),
     Mutation("only the last tile's gradient", PROJECTION, "add=part.start > 0", "add=False", LOW),
     Mutation("scale of the hidden states kept", PROJECTION, "alpha /= 2.0**HIDDEN_EXPONENT", "pass", HALF),
     Mutation("float16 tile not scaled", PROJECTION, "2.0 ** (TILE_EXPONENT - math.frexp(largest)[1])", "1.0",

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 
 from pocl_kernels.divergences import get_divergence
 from pocl_kernels.plan import Gradients
-from pocl_kernels.triton_backend import divergence_rows, gemm, tile_gradient, tile_statistics, tile_values
-from pocl_kernels.triton_backend.chunks import chunk_rows, tile_shape
-from pocl_kernels.triton_backend.projection import SLICE_BYTES, Projection
+from pocl_kernels.triton_backend import divergence_rows, tile_gradient, tile_statistics, tile_values
+from pocl_kernels.triton_backend.layout import MIB, SLICE_BYTES, Demand, demand, fast_layout, tile_shape
 from pocl_kernels.triton_backend.terms import slope_sum
 
 
@@ -133,27 +131,23 @@ BATCH = Batch()
 # ------------------------------------------------------------------------------------------------------------ the loss
 
 
-def projections(pair: Pair, V: int, rows: int) -> list[Projection]:
-    """Student's and teacher's, of bf16 models with a trained head: shapes alone, no memory."""
+def demands(pair: Pair, V: int) -> list[Demand]:
+    """Student's and teacher's, of bf16 models with a trained head."""
 
-    def made(model: Model, wanted: Gradients) -> Projection:
-        hidden = torch.empty(rows, model.hidden, dtype=torch.bfloat16, device="meta")
-        weight = torch.empty(V, model.hidden, dtype=torch.bfloat16, device="meta")
-        return Projection(hidden, weight, None, V, torch.float32, wanted)
+    def made(model: Model, wanted: Gradients) -> Demand:
+        return demand(model.hidden, V, torch.bfloat16, torch.float32, (torch.bfloat16, torch.float16), wanted, False)
 
     return [made(pair.student, Gradients(True, True, False)), made(pair.teacher, Gradients(False, False, False))]
 
 
 def rows_of_chunk(pair: Pair, V: int, rows: int, workspace_mb: float) -> int:
     """Rows that `memory="fast"` takes at a time on a GPU."""
-    with mock.patch.object(gemm, "takes_16_bit", return_value=True):
-        return chunk_rows(rows, projections(pair, V, rows), workspace_mb)
+    return fast_layout(rows, demands(pair, V), int(workspace_mb * MIB), later=True).chunk
 
 
 def tile_of_low(pair: Pair, V: int, rows: int, workspace_mb: float) -> tuple[int, int]:
     """Rows and columns of a tile of `memory="low"` on a GPU."""
-    with mock.patch.object(gemm, "takes_16_bit", return_value=True):
-        return tile_shape(rows, projections(pair, V, rows), workspace_mb)
+    return tile_shape(rows, demands(pair, V), int(workspace_mb * MIB))
 
 
 def product(rows: float, columns: float, hidden: int, moved: float) -> Work:

@@ -137,7 +137,7 @@ def test_benchmarks_do_not_import_each_other_in_circles() -> None:
 def private_names_of_torch(tree: ast.AST) -> Iterator[str]:
     """`torch._x` and `from torch.y import _x`, which may move without notice."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and re.match(r"torch\._[a-z]", ast.unparse(node)):
+        if isinstance(node, ast.Attribute) and re.match(r"torch\._([a-z]|C\.)", ast.unparse(node)):
             yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             yield from (
@@ -146,6 +146,7 @@ def private_names_of_torch(tree: ast.AST) -> Iterator[str]:
 
 
 PRIVATE = {
+    "torch._C._len_torch_dispatch_stack",  # whether somebody traces or counts operators
     "torch._assert_async",  # a check on the device without waiting for it
     "torch.distributed.distributed_c10d._resolve_process_group",  # a group by its name, which an operator can take
 }

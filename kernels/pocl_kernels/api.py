@@ -16,15 +16,14 @@ from pocl_kernels import operators
 from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.divergences import Divergence, get_divergence
 from pocl_kernels.head import Head, as_head, whole_tensor
+from pocl_kernels.modes import autocast_products, mode_and_workspace
 from pocl_kernels.operators import Choices
 from pocl_kernels.output import DivergenceOutput
-from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, compute_dtype
+from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, Inputs, compute_dtype
 from pocl_kernels.scalar import weighted
 
-DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
-MIN_GPU_CHUNK_ROWS = 256
 BACKENDS = ("auto", "triton", "cpu")
 
 
@@ -74,8 +73,9 @@ def fused_linear_divergence(
             gradient does not depend on accumulation, padding or world size.
         memory: "fast" computes gradients in the forward pass, "low" recomputes the logits in the backward pass; "auto"
             is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass, and on
-            GPUs where the workspace holds less than 256 rows of both models' logits.
-        workspace_mb: bound on scratch memory in MiB, default 256, under "low" 96.
+            GPUs where the workspace holds the gradients of less than 512 rows.
+        workspace_mb: bound on scratch memory in MiB: by default 256, under "low" 96; on a GPU a twentieth of its
+            memory, at most 4096, under "low" an eighth of that.
         backend: "triton" (CUDA, ROCm), "cpu", or "auto" by the tensors' device.
         process_group: the processes that share the vocabulary, each with the same consecutive rows of both heads, in
             rank order; hidden states and labels (global token ids) are the same on all of them. Gradients of hidden
@@ -95,10 +95,10 @@ def fused_linear_divergence(
     vocab_size = _check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
     teacher_head = _gathered(teacher_head)
     _check_numbers(temperature, ce_weight, labels)
-    workspace_mb = _check_choices(reduction, memory, workspace_mb)
-    logits = student_head.vocab_size + teacher_head.vocab_size
-    mode = _memory_mode(reduction, memory, student_hidden, student_head.weight, workspace_mb, logits)
+    _check_choices(reduction, memory, workspace_mb)
     _check_backend(backend, student_hidden.device)
+    pair = teacher_hidden, teacher_head
+    mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, student_hidden, student_head, pair)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
     flat_labels = _flat_labels(labels, student_hidden, ignore_index, vocab_size)
     row_scale, count = _row_scale(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
@@ -109,17 +109,23 @@ def fused_linear_divergence(
     )
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
     scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
-    products = _autocast_products(hidden.device)
-    choices = "\n".join(Choices(divergence.token, backend, mode, group_name, products))
+    products = autocast_products(hidden.device)
+    choices = Choices(divergence.token, backend, mode, group_name, products)
     numbers = _numbers([temperature, factor, ce_weight, *divergence.parameters()])
 
     def run(
         h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
-        *teacher, labels, numbers = constants
+        teacher, weight, bias, labels, numbers = constants
         results, dh, dw, db, state = operators.linear_loss(
-            [h, w, b, *teacher, labels, scale, state], numbers, scales, workspace_mb, ignore_index, wanted, choices
+            Inputs(h, w, b, teacher, weight, bias, labels, scale, state),
+            numbers,
+            scales,
+            workspace_mb,
+            ignore_index,
+            wanted,
+            choices,
         )
         d, ce = results[DIVERGENCE], results[CROSS_ENTROPY]
         # A part without weight must not enter: 0 * inf is not 0.
@@ -160,14 +166,14 @@ def fused_linear_cross_entropy(
     head = _gathered(as_head(head))
     _check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
-    workspace_mb = _check_choices(reduction, memory, workspace_mb)
-    mode = _memory_mode(reduction, memory, hidden, head.weight, workspace_mb, head.vocab_size)
+    _check_choices(reduction, memory, workspace_mb)
     _check_backend(backend, hidden.device)
+    mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, hidden, head, None)
     if labels is None:
         raise ValueError("labels=None: a cross-entropy needs the labels, a tensor of token ids")
     flat_labels = _flat_labels(labels, hidden, ignore_index, head.vocab_size)
     row_scale, _ = _row_scale(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
-    choices = "\n".join(Choices("", backend, mode, "", _autocast_products(hidden.device)))
+    choices = Choices("", backend, mode, "", autocast_products(hidden.device))
     numbers, scales = _numbers([1.0, 0.0, 1.0]), [head.scale, head.softcap or 0.0, 1.0, 0.0]
 
     def run(
@@ -176,8 +182,8 @@ def fused_linear_cross_entropy(
     ) -> Result:  # fmt: skip
         labels, numbers = constants
         results, dh, dw, db, state = operators.linear_loss(
-            [h, w, b, None, None, None, labels, scale, state], numbers, scales, workspace_mb, ignore_index, wanted,
-            choices,
+            Inputs(h, w, b, None, None, None, labels, scale, state), numbers, scales, workspace_mb, ignore_index,
+            wanted, choices,
         )  # fmt: skip
         return Result(results[CROSS_ENTROPY], results, (dh, dw, db), state)
 
@@ -279,7 +285,7 @@ def _check_hidden(who: str, hidden: Tensor, head: Head) -> None:
         raise ValueError(f"the bias of the head of {name} is {head.bias.dtype}: it must be floating point")
 
 
-def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> float:
+def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
     if memory not in MEMORY_MODES:
@@ -290,44 +296,9 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> f
             'memory="low" or "auto"'
         )
     if workspace_mb is None:
-        return DEFAULT_WORKSPACE_MB["low" if memory == "low" else "fast"]
+        return
     if not (isinstance(workspace_mb, (int, float)) and 0 < workspace_mb < math.inf):
         raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
-    return float(workspace_mb)
-
-
-def memory_mode(reduction: str, memory: str, *, gpu: bool, trains_weight: bool, rows: int, chunk_rows: float) -> str:
-    """The mode that "auto" stands for; ``chunk_rows`` is how many rows of logits the workspace holds.
-
-    "low" for gradients of single tokens, which must wait for the upstream gradient. "low" too on a GPU where chunks
-    would be short: "fast" adds every chunk's share to the weight's gradient, and at an H100's ratio of arithmetic to
-    memory bandwidth that traffic should outweigh low's second forward pass below about 256 rows. Else "fast".
-    """
-    if memory != "auto":
-        return memory
-    if reduction == "none" and torch.is_grad_enabled():
-        return "low"
-    return "low" if gpu and trains_weight and chunk_rows < min(rows, MIN_GPU_CHUNK_ROWS) else "fast"
-
-
-def _memory_mode(
-    reduction: str, memory: str, hidden: Tensor, weight: Tensor, workspace_mb: float, logits_per_row: int
-) -> str:
-    return memory_mode(
-        reduction,
-        memory,
-        gpu=hidden.device.type == "cuda",
-        trains_weight=weight.requires_grad and torch.is_grad_enabled(),
-        rows=math.prod(hidden.shape[:-1]),
-        chunk_rows=workspace_mb * 2**20 / (4 * logits_per_row),
-    )
-
-
-def _autocast_products(device: torch.device) -> str:
-    """Autocast's dtype on a GPU, where 16-bit products are many times faster; on a CPU they are slower: none."""
-    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
-        return ""
-    return str(torch.get_autocast_dtype("cuda")).removeprefix("torch.")
 
 
 def _check_backend(backend: str, device: torch.device) -> None:

@@ -14,13 +14,17 @@ from pocl_kernels.scalar import weighted
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
 
 
+# A function takes the upstream gradient, None for 1, and returns the gradient in its final dtype.
+Gradient = Tensor | Callable[[Tensor | None], Tensor]
+
+
 class Result(NamedTuple):
-    """One run of a kernel: the loss of each row, what it is made of, and the gradients (empty if not wanted)."""
+    """One run of a kernel: the loss of each row, what it is made of, and the gradients (None, empty: not wanted)."""
 
     loss_rows: Tensor
     results: Tensor  # per-row results to log
-    gradients: tuple[Tensor, Tensor, Tensor]
-    state: Tensor  # what the backend wants back for gradients alone; empty: nothing
+    gradients: tuple[Gradient | None, ...]
+    state: Tensor | None  # what the backend wants back for gradients alone; None or empty: nothing
 
 
 class FusedLoss(torch.autograd.Function):
@@ -69,24 +73,35 @@ class FusedLoss(torch.autograd.Function):
         return (*gradients, *(None for _ in range(4 + len(ctx.frozen))))
 
     @staticmethod
-    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         ready = ctx.ready
         if ready is None:
             hidden, weight, bias, row_scale, kept, *changeable = ctx.saved_tensors
             constants = [f if c is None else c for f, c in zip(ctx.frozen, changeable, strict=True)]
-            state = kept if kept.numel() else None
+            state = kept if kept is not None and kept.numel() else None
             gradients = ctx.run(hidden, weight, bias, row_scale * upstream, ctx.wanted, state, constants).gradients
-        elif torch.compiler.is_compiling():
-            gradients = tuple(g * upstream for g in ready)
+            upstream = None  # it is in the weights of the rows
         else:
-            ctx.ready = None
-            # On the CPU a look at the value costs nothing and saves a pass over [V, H]; elsewhere it would wait for the
-            # GPU.
-            if upstream.device.type != "cpu" or upstream.item() != 1.0:
-                for g in ready:
-                    g.mul_(upstream)
-            gradients = ready
-        return tuple(g.to(d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True))
+            gradients, ctx.ready = ready, None
+        return tuple(
+            _scaled(g, upstream, d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
+        )
+
+
+def _scaled(gradient: Gradient, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``upstream * gradient`` in ``dtype``, rounded once. The gradient is given away: it may be scaled in place."""
+    if not isinstance(gradient, Tensor):
+        return gradient(upstream)
+    if upstream is None:  # it is in the gradient already
+        return gradient.to(dtype)
+    if torch.compiler.is_compiling():
+        return (gradient * upstream).to(dtype)
+    if upstream.device.type == "cpu":
+        # A look at the value costs nothing here and saves a pass over [V, H]; elsewhere it would wait for the GPU.
+        return (gradient if upstream.item() == 1.0 else gradient.mul_(upstream)).to(dtype)
+    if gradient.dtype == dtype:
+        return gradient.mul_(upstream)
+    return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))  # one kernel: rounds as it writes
 
 
 class _Once(torch.autograd.Function):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pocl_kernels.cpu import backend as cpu_backend
 from pocl_kernels.divergences import Divergence
-from pocl_kernels.plan import RESULTS, STATE_ROWS, Gradients, Inputs, Plan
+from pocl_kernels.plan import RESULTS, STATE_ROWS, Gradients, Inputs, Plan, Rows
 
 
 class Choices(NamedTuple):
@@ -33,8 +33,33 @@ class Choices(NamedTuple):
     products: str = ""  # autocast's dtype on a GPU, e.g. "bfloat16"; empty: that of the inputs
 
 
-@torch.library.custom_op("pocl::linear_loss", mutates_args=())
 def linear_loss(
+    inputs: Inputs,
+    numbers: Tensor,
+    heads: Sequence[float],
+    workspace_mb: float,
+    ignore_index: int,
+    wanted: Sequence[bool],
+    choices: Choices,
+) -> Rows:
+    """The operator's answer, whose arguments are explained there; a gradient that is not wanted is None or empty.
+
+    Nothing is dispatched where nobody looks on: an operator's way through the dispatcher costs a tenth of a
+    millisecond, and it can return tensors alone, where :class:`Rows` may hold a gradient that is still to be made.
+    """
+    tensors = (x for x in (*inputs, numbers) if x is not None)
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    ):
+        return Rows(*operator(list(inputs), numbers, heads, workspace_mb, ignore_index, wanted, "\n".join(choices)))
+    return _compute(inputs, numbers, heads, workspace_mb, ignore_index, wanted, choices, later=True)
+
+
+# A call waits for the device: it cannot be part of a CUDA graph.
+@torch.library.custom_op("pocl::linear_loss", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def operator(
     inputs: Sequence[Tensor | None],  # the fields of Inputs
     numbers: Tensor,  # [3 + parameters] on the CPU: temperature, factor of D, ce_weight, the divergence's parameters
     heads: Sequence[float],  # student's scale and softcap (0: none), then the teacher's
@@ -43,7 +68,22 @@ def linear_loss(
     wanted: Sequence[bool],  # gradients of hidden, weight, bias
     choices: str,  # the fields of Choices, a line each
 ) -> list[Tensor]:  # results, gradients of hidden, weight, bias, state
-    given, chosen = _inputs(inputs), Choices(*choices.split("\n"))
+    chosen = Choices(*choices.split("\n"))
+    rows = _compute(_inputs(inputs), numbers, heads, workspace_mb, ignore_index, wanted, chosen, later=False)
+    return [rows.results.new_empty(0) if x is None else x for x in rows]  # type: ignore[misc]
+
+
+def _compute(
+    given: Inputs,
+    numbers: Tensor,
+    heads: Sequence[float],
+    workspace_mb: float,
+    ignore_index: int,
+    wanted: Sequence[bool],
+    chosen: Choices,
+    *,
+    later: bool,
+) -> Rows:
     temperature, divergence_factor, ce_weight, *parameters = numbers.tolist()
     kind = Divergence.classes[chosen.divergence] if chosen.divergence else None
     plan = Plan(
@@ -59,15 +99,15 @@ def linear_loss(
         workspace_mb=workspace_mb,
         process_group=chosen.process_group,
         memory=chosen.memory,
+        later=later,
         products=getattr(torch, chosen.products) if chosen.products else None,
     )
     module = backend_module(chosen.backend, given.student_hidden.device)
     function = module.linear_cross_entropy if kind is None else module.linear_divergence
-    results, *others = function(given, plan, Gradients(*wanted))
-    return [results, *(results.new_empty(0) if x is None else x for x in others)]
+    return function(given, plan, Gradients(*wanted))
 
 
-@linear_loss.register_fake
+@operator.register_fake
 def _(
     inputs: Sequence[Tensor | None],
     numbers: Tensor,

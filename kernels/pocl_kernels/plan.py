@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class Plan:
     workspace_mb: float
     process_group: str = ""  # name of the group whose processes share the vocabulary; empty: the heads are whole
     memory: str = "fast"  # or "low"
+    later: bool = False  # the weight's gradient may be a function of the upstream gradient
     products: torch.dtype | None = None  # 16-bit dtype for the factors of all matrix products; None: that of the inputs
 
     @property
@@ -82,13 +84,15 @@ class Rows(NamedTuple):
     loss``.
 
     Gradients have the compute dtype (float32, or float64 for float64 inputs), not the dtype of the inputs: the caller
-    multiplies by the upstream gradient before rounding. None where they were not wanted. ``state``, ``[STATE_ROWS,
-    N]``, is what a backend wants back when gradients of the same rows are asked for later; None: it keeps nothing.
+    multiplies by the upstream gradient before rounding. None where they were not wanted. Under ``Plan.later`` that of
+    the weight may be a function of the upstream gradient, for the gradient in the weight's dtype. ``state``,
+    ``[STATE_ROWS, N]``, is what a backend wants back when gradients of the same rows are asked for later; None: it
+    keeps nothing.
     """
 
     results: Tensor
     grad_hidden: Tensor | None
-    grad_weight: Tensor | None
+    grad_weight: Tensor | Callable[[Tensor | None], Tensor] | None
     grad_bias: Tensor | None
     state: Tensor | None = None
 

@@ -2,8 +2,10 @@
 
 Fast: token chunks, the vendor's GEMMs into reused buffers, one fused row kernel between them. For N valid rows, S = 2
 N V H_s and Te = 2 N V H_t flops: forward S + Te, each of dh and dW one S more, nothing is done twice. The logits of
-one chunk exist at a time, in float32, student and teacher: 8 V bytes a row, and 2 V for the gradient of a 16-bit
-model, bounded by ``workspace_mb``. float64 runs the same chunks through the eager row functions. Low: see ``low.py``.
+one chunk exist at a time, in float32, student and teacher: 8 V bytes a row, bounded by ``workspace_mb``. The gradient
+of a 16-bit model's logits is 2 V bytes a row more, kept for as many chunks as there is room (``layout.py``): where all
+rows have room, the weight's gradient is one product, made in the backward pass (``later.py``). float64 runs the same
+chunks through the eager row functions. Low: see ``low.py``.
 
 A call waits for the device at its start: the number of valid rows shapes the chunks, the largest weight scales a
 float16 gradient. float32 without labels needs neither.
@@ -18,8 +20,9 @@ from pocl_kernels.eager import rows as eager
 from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows, launch, low, steps
-from pocl_kernels.triton_backend.chunks import Chunks, chunk_rows, on_device, scaled_weights
-from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
+from pocl_kernels.triton_backend.chunks import Chunks, allocated, on_device, scaled_weights
+from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
+from pocl_kernels.triton_backend.projection import Grads, Projection
 from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
 from pocl_kernels.triton_backend.terms import slope_sum, term_of
 
@@ -46,13 +49,12 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
         if group is not None and chunks.labels is not None:
             low.check_labels(chunks.labels, V, group)
         scale = chunks.gather(row_scale)
-        size = chunk_rows(chunks.count, [student, teacher], plan.workspace_mb)
         if plan.memory == "low":
             return _low(student, teacher, chunks, scale, task, plan.workspace_mb, group, inputs.state)
         if group is not None:
-            results, gradients = low.at_once(student, teacher, chunks, scale, task, size, group)
+            results, gradients = low.at_once(student, teacher, chunks, scale, task, plan.workspace_mb, group)
         else:
-            results, gradients = _fast(student, teacher, chunks, scale, task, size, plan)
+            results, gradients = _fast(student, teacher, chunks, scale, task, plan)
         return Rows(chunks.scatter(results, 1), *gradients)
 
 
@@ -66,18 +68,8 @@ def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
         row_scale = chunks.gather(inputs.row_scale)
         if plan.memory == "low":
             return _low(student, None, chunks, row_scale, task, plan.workspace_mb, None, inputs.state)
-        weights = scaled_weights(student, row_scale, task.largest)
-        results = torch.zeros(RESULTS, chunks.count, dtype=dtype, device=hidden.device)
-        for rows, part in chunks.of(chunk_rows(chunks.count, [student], plan.workspace_mb)):
-            assert chunks.labels is not None
-            student.take(rows)
-            (tile,) = steps.tiles(student, None, V)
-            gradient = student.gradient_tile(tile.student)
-            _cross_entropy(tile, gradient, chunks.labels[part], weights[part], task, results[CROSS_ENTROPY, part])
-            if gradient is not None:
-                student.accumulate(tile.columns, gradient)
-                student.store(rows)
-        return Rows(chunks.scatter(results, 1), *student.gradients())
+        results, gradients = _fast(student, None, chunks, row_scale, task, plan)
+        return Rows(chunks.scatter(results, 1), *gradients)
 
 
 def _low(
@@ -102,27 +94,56 @@ def _low(
 
 
 def _fast(
-    student: Projection, teacher: Projection, chunks: Chunks, row_scale: Tensor, task: Task, size: int, plan: Plan
-) -> tuple[Tensor, low.Grads]:
+    student: Projection, teacher: Projection | None, chunks: Chunks, row_scale: Tensor, task: Task, plan: Plan
+) -> tuple[Tensor, Grads]:
+    """Per-row results ``[RESULTS, n]`` of the rows that count, and the gradients."""
+    both = [student] if teacher is None else [student, teacher]
     weights = scaled_weights(student, row_scale, task.largest)
     results = torch.zeros(chunks.count, RESULTS, dtype=student.dtype, device=student.hidden.device)
-    for rows, part in chunks.of(size):
-        student.take(rows)
-        teacher.take(rows)
-        (tile,) = steps.tiles(student, teacher, student.V)
-        gradient = student.gradient_tile(tile.student)
-        labels = None if chunks.labels is None else chunks.labels[part]
-        if student.dtype == torch.float32:
-            _divergence(tile, gradient, labels, weights[part], task, results[part])
-        else:
-            assert tile.teacher is not None
-            bias_s, bias_t = (None if b is None else b[: student.V] for b in (tile.bias_s, tile.bias_t))
-            w, want_grad = weights[part], gradient is not None
-            eager.divergence_rows(tile.student, tile.teacher, bias_s, bias_t, labels, w, plan, want_grad, results[part])
-        if gradient is not None:
-            student.accumulate(tile.columns, gradient)
-            student.store(rows)
+    layout = allocated(both, chunks.count, plan.workspace_mb, later=plan.later)
+    for group, among in chunks.of(layout.group):
+        student.begin(group)
+        for rows, part in chunks.of(layout.chunk, among):
+            for projection in both:
+                projection.take(rows)
+            (tile,) = steps.tiles(student, teacher, student.V)
+            gradient = student.gradient_tile(tile.student)
+            labels = None if chunks.labels is None else chunks.labels[part]
+            _rows(tile, gradient, labels, weights[part], task, plan, results[part])
+            if gradient is not None:
+                student.accumulate(tile.columns, gradient)
+                student.store(rows)
+        student.end()
     return results.T.contiguous(), student.gradients()
+
+
+def _rows(
+    tile: Tile,
+    gradient: Tensor | None,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    task: Task,
+    plan: Plan,
+    results: Tensor,  # [n, RESULTS]
+) -> None:
+    """The row kernel of the task; eager in float64."""
+    if tile.student.dtype == torch.float32:
+        if task.divergence is not None:
+            _divergence(tile, gradient, labels, row_scale, task, results)
+        else:
+            assert labels is not None
+            _cross_entropy(tile, gradient, labels, row_scale, task, results)
+        return
+    V, want_grad = tile.student.shape[1], gradient is not None
+    bias_s, bias_t = (None if b is None else b[:V] for b in (tile.bias_s, tile.bias_t))
+    if tile.teacher is not None:
+        eager.divergence_rows(tile.student, tile.teacher, bias_s, bias_t, labels, row_scale, plan, want_grad, results)
+        return
+    assert labels is not None
+    scale, softcap = task.transforms[:2]
+    eager.cross_entropy_rows(
+        tile.student, bias_s, scale, softcap, labels, row_scale, want_grad, results[:, CROSS_ENTROPY]
+    )
 
 
 def _divergence(
@@ -144,10 +165,6 @@ def _cross_entropy(
 ) -> None:
     n, V = tile.student.shape
     scale, softcap = task.transforms[:2]
-    if tile.student.dtype == torch.float64:
-        bias = None if tile.bias_s is None else tile.bias_s[:V]
-        eager.cross_entropy_rows(tile.student, bias, scale, softcap, labels, row_scale, gradient is not None, results)
-        return
     cross_entropy_rows.cross_entropy_rows[(n,)](
         tile.student, gradient, tile.bias_s, labels, row_scale, results, V, tile.student.stride(0) // ROW_ALIGNMENT,
         scale, softcap, BLOCK=cross_entropy_rows.BLOCK, **launch.on(tile.student.device),

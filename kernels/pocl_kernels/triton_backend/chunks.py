@@ -1,7 +1,8 @@
-"""Which rows count, and how many rows and columns the workspace holds at a time."""
+"""Which rows count, and the memory for a chunk of them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.plan import counting_rows
-from pocl_kernels.triton_backend.projection import Projection, Rows, padded
+from pocl_kernels.triton_backend.layout import MIB, Layout, fast_layout
+from pocl_kernels.triton_backend.projection import Projection, Rows
 
-MAX_CHUNK_ROWS = 8192
-WHOLE_TILES = 128  # rows or columns of a GEMM's tile: what is larger is cut to a multiple
+LEAST_WORKSPACE = 16 * MIB  # below, memory is too short for anything
 
 
 class Chunks:
@@ -32,10 +33,11 @@ class Chunks:
         self.labels = None if labels is None else self.gather(labels).contiguous()
         self.count = rows if self._index is None else len(self._index)
 
-    def of(self, size: int) -> Iterator[tuple[Rows, slice]]:
+    def of(self, size: int, among: slice | None = None) -> Iterator[tuple[Rows, slice]]:
         """Chunks of at most ``size`` rows: where they lie among all rows, and where among the compacted ones."""
-        for first in range(0, self.count, size):
-            part = slice(first, min(first + size, self.count))
+        among = slice(0, self.count) if among is None else among
+        for first in range(among.start, among.stop, size):
+            part = slice(first, min(first + size, among.stop))
             yield (part if self._index is None else self._index[part]), part
 
     def gather(self, full: Tensor, dim: int = 0) -> Tensor:
@@ -62,33 +64,29 @@ def scaled_weights(student: Projection, row_scale: Tensor, coefficient: float) -
     return (row_scale * student.tile_scale).to(student.dtype).contiguous()
 
 
-def chunk_rows(rows: int, projections: Sequence[Projection], workspace_mb: float) -> int:
-    """Rows of a chunk with the whole vocabulary: as many as the workspace holds, evened out, in whole GEMM tiles."""
-    free = int(workspace_mb * 2**20) - sum(p.bytes_fixed for p in projections)
-    per_row = sum(padded(p.V) * p.bytes_per_entry + p.bytes_per_row for p in projections)
-    most = max(1, min(free // per_row, MAX_CHUNK_ROWS))
-    if most >= rows:
-        return max(1, rows)
-    size = -(-rows // -(-rows // most))
-    return min(-(-size // WHOLE_TILES) * WHOLE_TILES, most) if most >= WHOLE_TILES else size
-
-
-def tile_shape(rows: int, projections: Sequence[Projection], workspace_mb: float) -> tuple[int, int]:
-    """Rows and columns of one tile: as square as the workspace allows.
-
-    Every tile adds to the hidden states' gradient once for its columns and to the weight's once for its rows, so that
-    the traffic beside the GEMMs is in proportion to 1 / rows + 1 / columns.
-    """
-    V, rows = min(p.V for p in projections), max(1, rows)
-    free = int(workspace_mb * 2**20) - sum(p.bytes_fixed for p in projections)
-    per_row, per_entry = sum(p.bytes_per_row for p in projections), sum(p.bytes_per_entry for p in projections)
-    best, traffic = (min(rows, WHOLE_TILES), min(V, WHOLE_TILES)), float("inf")
-    for height in (min(rows, MAX_CHUNK_ROWS), *range(WHOLE_TILES, min(rows, MAX_CHUNK_ROWS), WHOLE_TILES)):
-        width = (free - height * per_row) // (height * per_entry) // WHOLE_TILES * WHOLE_TILES
-        width = V if width >= V else width
-        if width > 0 and 1 / height + 1 / width < traffic:
-            best, traffic = (height, width), 1 / height + 1 / width
-    return best
+def allocated(projections: Sequence[Projection], rows: int, workspace_mb: float, *, later: bool) -> Layout:
+    """The memory of ``memory="fast"``, made; with a warning less of it, if so much is not free."""
+    workspace = int(workspace_mb * MIB)
+    while True:
+        layout = fast_layout(rows, [p.demand for p in projections], workspace, later=later)
+        try:
+            for projection in projections:
+                projection.allocate(layout, rows, later=later)
+        except torch.OutOfMemoryError:
+            if workspace <= LEAST_WORKSPACE:
+                raise
+            for projection in projections:
+                projection.release()
+            workspace //= 2
+            continue
+        if workspace < int(workspace_mb * MIB):
+            warnings.warn(
+                f"a workspace of {workspace_mb:,.0f} MiB is more than is free on {projections[0].hidden.device}: "
+                f"{workspace / MIB:,.0f} MiB serve, in chunks of {layout.chunk} rows. Pass a smaller workspace_mb",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return layout
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

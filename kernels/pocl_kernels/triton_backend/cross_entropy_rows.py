@@ -2,8 +2,8 @@
 
     CE = lse(z) - z[label];  dCE/dprojection = w (softmax(z) - 1[label]) J
 
-Shapes: logits [n, W], W = 16 stride16 >= V; gradient [n, W], in place or another dtype, or None; labels, row_scale,
-results [n]. One program a row; one pass for the value, a second for the gradient.
+Shapes: logits [n, W], W = 16 stride16 >= V; gradient [n, W], in place or another dtype, or None; labels, row_scale [n];
+results [n, 3], of which the second is written. One program a row; one pass for the value, a second for the gradient.
 Bytes an entry: 4 a pass, and the gradient's size; see :func:`cost`.
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import add_exp, jacobian, join_exp, load_logit, load_logits
+from pocl_kernels.triton_backend.device import add_exp, exp, jacobian, join_exp, load_logit, load_logits, rounded
 
 BLOCK = 4096  # half the state of two models: 16 entries a thread
 
@@ -34,15 +34,15 @@ def cross_entropy_rows(
         S = add_exp(lane_max, S, z, 1.0)
         lane_max = tl.maximum(lane_max, z)
     max_z, S = join_exp(lane_max, S, 1.0)
-    tl.store(results + row, (max_z - z_label) + tl.log(S))
+    tl.store(results + row * 3 + 1, (max_z - z_label) + tl.log(S))
 
     if gradient is not None:
         w = tl.load(row_scale + row).to(tl.float32)
         for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             z = load_logits(logits, bias, cols, V, width, scale, softcap)
-            g = tl.exp(z - max_z) * (1.0 / S) - tl.where(cols == label, 1.0, 0.0)
-            g = tl.where(cols < V, w * jacobian(z, scale, softcap) * g, 0.0).to(gradient.dtype.element_ty)
+            g = exp(z - max_z) * (1.0 / S) - tl.where(cols == label, 1.0, 0.0)
+            g = rounded(tl.where(cols < V, w * jacobian(z, scale, softcap) * g, 0.0), gradient)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
 
 

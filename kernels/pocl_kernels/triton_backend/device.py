@@ -10,13 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
+def exp(x):
+    """e^x by the hardware's power of two; results below 2^-126 may be flushed to 0."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """Polynomial near 0 (Cephes), by an exponential elsewhere; about 2 ulp."""
     a = tl.abs(x)
     y = x * x
     p = ((((-5.70498872745e-3 * y + 2.06390887954e-2) * y - 5.37397155531e-2) * y) + 1.33314422036e-1) * y
     near = (p - 3.33332819422e-1) * y * x + x
-    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
+    far = 1.0 - 2.0 / (exp(2.0 * a) + 1.0)
     return tl.where(a < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
@@ -80,7 +86,7 @@ def ratio_terms(a, b, x):
 def add_exp(m, S, z, rate):
     """Lane by lane: maximum and ``sum exp(rate (z - maximum))`` with one more entry, by one exponential."""
     d = z - m
-    e = tl.where(z == m, 1.0, tl.exp(-tl.abs(d) * rate))  # equal: also where both are -inf
+    e = tl.where(z == m, 1.0, exp(-tl.abs(d) * rate))  # equal: also where both are -inf
     return tl.where(d > 0.0, S * e + 1.0, S + e)
 
 
@@ -88,14 +94,23 @@ def add_exp(m, S, z, rate):
 def join_exp(m, S, rate):
     """The lanes' sums as one: the common maximum, and the sum above it."""
     m_all = tl.max(m, 0)
-    return m_all, tl.sum(S * tl.exp((m - m_all) * rate), 0)
+    return m_all, tl.sum(S * exp((m - m_all) * rate), 0)
+
+
+@triton.jit
+def rounded(g, gradient):
+    """``g`` in the dtype of the tile. What float16 cannot hold is cut at its end; infinite and NaN stay."""
+    if gradient.dtype.element_ty == tl.float16:
+        cut = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
+        g = tl.where(tl.abs(g) < float("inf"), cut, g)
+    return g.to(gradient.dtype.element_ty)
 
 
 @triton.jit
 def log_probabilities(z, maximum, S, log_S, inv_T):
     """Log-probabilities and probabilities. The latter by the sum: to round its log moves all of a row's one way."""
     u = (z - maximum) * inv_T
-    return u - log_S, tl.exp(u) * (1.0 / S)
+    return u - log_S, exp(u) * (1.0 / S)
 
 
 @triton.jit

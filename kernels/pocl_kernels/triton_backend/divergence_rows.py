@@ -9,7 +9,8 @@ labels, row_scale [n]; results [n, 3]: D, cross-entropy, entropy. One program a 
 
 Three passes over a row: (1) both normalisers, and the student's at temperature 1 for the cross-entropy; (2) D, c and
 the entropy; (3) the gradient. Where c is known beforehand (``SLOPE_SUM``; the forward KL's is -1) pass 3 is part of
-pass 2. Bytes an entry: 4 + 4 a pass, and the gradient's size; see :func:`cost`.
+pass 2. Pass 2 goes backwards, as pass 1 left the end of the row in the GPU's cache and pass 2 leaves the beginning.
+Bytes an entry: 4 + 4 a pass, and the gradient's size; see :func:`cost`.
 """
 
 import triton
@@ -19,11 +20,13 @@ from pocl_kernels.triton_backend.cost import Cost
 from pocl_kernels.triton_backend.device import (
     add_exp,
     anchor,
+    exp,
     join_exp,
     load_logit,
     load_logits,
     log_probabilities,
     projection_gradient,
+    rounded,
 )
 
 BLOCK = 2048
@@ -98,8 +101,9 @@ def divergence_rows(
     D = tl.zeros([BLOCK], tl.float32)
     C = tl.zeros([BLOCK], tl.float32)
     H = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
+    last = tl.cdiv(width, BLOCK) - 1
+    for block in range(0, last + 1):
+        cols = (last - block) * BLOCK + tl.arange(0, BLOCK)
         inside = cols < V
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
         zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
@@ -111,11 +115,11 @@ def divergence_rows(
         if SLOPE_SUM is None:
             C += tl.where(inside, slope, 0.0)
         elif gradient is not None:
-            q_1 = tl.exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
+            q_1 = exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
                 zs, q, slope, SLOPE_SUM, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
-            g = tl.where(inside, g, 0.0).to(gradient.dtype.element_ty)
+            g = rounded(tl.where(inside, g, 0.0), gradient)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
     tl.store(results + row * 3, tl.sum(D, 0))
     tl.store(results + row * 3 + 2, tl.sum(H, 0))
@@ -130,11 +134,11 @@ def divergence_rows(
             l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
             r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
             slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)[1]
-            q_1 = tl.exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
+            q_1 = exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
                 zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
-            g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
+            g = rounded(tl.where(cols < V, g, 0.0), gradient)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
 
 

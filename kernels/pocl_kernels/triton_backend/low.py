@@ -21,12 +21,11 @@ from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS
 from pocl_kernels.triton_backend import state as st
 from pocl_kernels.triton_backend import steps
-from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights, tile_shape
-from pocl_kernels.triton_backend.projection import Projection, Rows
+from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights
+from pocl_kernels.triton_backend.layout import MAX_CHUNK_ROWS, MIB, evened, padded, tile_shape
+from pocl_kernels.triton_backend.projection import Grads, Projection, Rows
 from pocl_kernels.triton_backend.steps import Task, Tile
 from pocl_kernels.triton_backend.terms import program_of
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def forward(
@@ -96,13 +95,14 @@ def at_once(
     chunks: Chunks,
     row_scale: Tensor,
     task: Task,
-    rows_at_a_time: int,
+    workspace_mb: float,
     group: VocabularyGroup,
 ) -> tuple[Tensor, Grads]:
     """Results of the valid rows ``[3, n]`` and the gradients, from logits that are made once."""
     weights = scaled_weights(student, row_scale, task.largest)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
-    for rows, part in chunks.of(_agreed(rows_at_a_time, group, results.device)):
+    size = _agreed(_whole_rows(student, teacher, chunks.count, workspace_mb), group, results.device)
+    for rows, part in chunks.of(size):
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
         (tile,) = steps.tiles(student, teacher, student.V)
@@ -183,8 +183,16 @@ def _shape(
     group: VocabularyGroup | None,
 ) -> tuple[int, int]:
     projections = [student] if teacher is None else [student, teacher]
-    height, width = tile_shape(chunks.count, projections, workspace_mb)
+    height, width = tile_shape(chunks.count, [p.demand for p in projections], int(workspace_mb * MIB))
     return _agreed(height, group, student.hidden.device), width
+
+
+def _whole_rows(student: Projection, teacher: Projection, rows: int, workspace_mb: float) -> int:
+    """Rows of a chunk with this process's whole share of the vocabulary, gradients beside it."""
+    demands = [student.demand, teacher.demand]
+    free = int(workspace_mb * MIB) - sum(d.fixed for d in demands)
+    most = free // sum(padded(d.V) * (d.entry + d.kept) + d.row + d.kept_row for d in demands)
+    return evened(rows, max(1, min(most, 4 * MAX_CHUNK_ROWS)))
 
 
 def _agreed(rows: int, group: VocabularyGroup | None, device: torch.device) -> int:

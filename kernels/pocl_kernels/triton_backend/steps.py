@@ -12,7 +12,8 @@ from pocl_kernels.divergences import Divergence
 from pocl_kernels.plan import Gradients, Plan
 from pocl_kernels.scalar import weighted
 from pocl_kernels.triton_backend import launch, tile_gradient, tile_statistics, tile_values, tiles_eager
-from pocl_kernels.triton_backend.projection import ROW_ALIGNMENT, Projection
+from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
+from pocl_kernels.triton_backend.projection import Projection
 from pocl_kernels.triton_backend.terms import term_of
 
 NO_GRADIENTS = Gradients(False, False, False)

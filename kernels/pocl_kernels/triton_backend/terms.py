@@ -18,6 +18,7 @@ import triton.language as tl
 
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.scalar import GIVEN, Program, name_of, trace
+from pocl_kernels.triton_backend.device import exp
 
 TRITON_SYNTAX = {
     "const": "{0}",
@@ -29,7 +30,7 @@ TRITON_SYNTAX = {
     "lt": "({} < {})",
     "eq": "({} == {})",
     "where": "tl.where({}, {}, {})",
-    "exp": "tl.exp({})",
+    "exp": "exp({})",
     "log": "tl.log({})",
     "abs": "tl.abs({})",
 }
@@ -44,8 +45,7 @@ class Term(NamedTuple):
 
 def term_of(divergence: Divergence) -> Term:
     """The Triton function of a divergence, made once for each distinct code, and its run-time numbers."""
-    program = program_of(type(divergence))
-    return Term(_function(source(program)), tuple(float(x) for x in program.uniform_values(divergence.parameters())))
+    return _term(type(divergence), tuple(divergence.parameters()))
 
 
 def slope_sum(divergence: Divergence) -> float | None:
@@ -53,6 +53,12 @@ def slope_sum(divergence: Divergence) -> float | None:
     weights = divergence.kl_weights
     known = weights is not None and weights[1] == 0.0 and not program_of(type(divergence)).anchored
     return -weights[0] if known and weights is not None else None
+
+
+@functools.lru_cache(maxsize=256)  # every launch asks
+def _term(kind: type[Divergence], parameters: tuple[float, ...]) -> Term:
+    program = program_of(kind)
+    return Term(_function(source(program)), tuple(float(x) for x in program.uniform_values(parameters)))
 
 
 @functools.cache
@@ -81,6 +87,6 @@ def _function(text: str) -> Any:
     # file.
     name = f"<pocl divergence {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
+    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "exp": exp, "__name__": __name__}
     exec(compile(text, name, "exec"), namespace)
     return namespace["term"]

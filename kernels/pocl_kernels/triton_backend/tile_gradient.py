@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import anchor, jacobian, load_logits, log_probabilities, projection_gradient
+from pocl_kernels.triton_backend.device import (
+    anchor,
+    exp,
+    jacobian,
+    load_logits,
+    log_probabilities,
+    projection_gradient,
+    rounded,
+)
 from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE_SUM, SUM_1, SUM_S, SUM_T, TOP_T
 
 BLOCK = 2048
@@ -75,18 +83,18 @@ def tile_gradient(
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
         if teacher is None:
-            g = ce_weight * (tl.exp(zs - max_s) * (1.0 / S_1) - tl.where(cols == label, 1.0, 0.0))
+            g = ce_weight * (exp(zs - max_s) * (1.0 / S_1) - tl.where(cols == label, 1.0, 0.0))
             g = w * jacobian(zs, scale_s, softcap_s) * g
         else:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
             r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
             slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)[1]
-            q_1 = tl.exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
+            q_1 = exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
                 zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
-        g = tl.where(cols < V, g, 0.0).to(gradient.dtype.element_ty)
+        g = rounded(tl.where(cols < V, g, 0.0), gradient)
         tl.store(gradient + cols, g, mask=cols < width)
 
 

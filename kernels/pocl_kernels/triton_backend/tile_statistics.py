@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import load_logit, load_logits, ratio_terms
+from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms
 from pocl_kernels.triton_backend.state import (
     LABEL,
     MAX_S,
@@ -113,17 +113,17 @@ def tile_statistics(
         m_s = new_s
         zs = below(zs, m_s)
         d_s = raised * inv_T
-        keep_s = tl.exp(-d_s)
+        keep_s = exp(-d_s)
         u = zs * inv_T
-        b = tl.exp(u)
+        b = exp(u)
         if KL:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             new_t = tl.maximum(m_t, tl.max(zt, 0))
             d_t = rise(m_t, new_t) * inv_T
             m_t = new_t
-            keep_t = tl.exp(-d_t)
+            keep_t = exp(-d_t)
             v = below(zt, m_t) * inv_T
-            a = tl.exp(v)
+            a = exp(v)
             moved, moved_f, moved_r = ratio_terms(keep_t, keep_s, d_t - d_s)
             F = keep_t * F + moved * E + moved_f * S_t
             R = keep_s * R + moved * E + moved_r * S_s
@@ -136,14 +136,14 @@ def tile_statistics(
         elif teacher is not None:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             new_t = tl.maximum(m_t, tl.max(zt, 0))
-            S_t = tl.exp(-rise(m_t, new_t) * inv_T) * S_t + tl.exp(below(zt, new_t) * inv_T)
+            S_t = exp(-rise(m_t, new_t) * inv_T) * S_t + exp(below(zt, new_t) * inv_T)
             m_t = new_t
         if TOP_TOO:
             top_t = tl.where(raw_s > top_s, zt, top_t)
             top_s = tl.maximum(top_s, raw_s)
         U = keep_s * (U - d_s * S_s) + tl.where(b == 0.0, 0.0, b * u)
         S_s = keep_s * S_s + b
-        S_1 = tl.exp(-raised) * S_1 + tl.exp(zs)
+        S_1 = exp(-raised) * S_1 + exp(zs)
 
     tl.store(sums + MAX_S * step, m_s)
     tl.store(sums + SUM_S * step, tl.sum(S_s, 0))

@@ -79,7 +79,7 @@ def test_a_whole_schedule_compiles_each_kernel_once(
 def test_where_a_chunk_starts_compiles_nothing(
     compilations: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, memory: str, kernels: int
 ) -> None:
-    monkeypatch.setattr("pocl_kernels.triton_backend.chunks.MAX_CHUNK_ROWS", 3)
+    monkeypatch.setattr("pocl_kernels.triton_backend.layout.MAX_CHUNK_ROWS", 1)
     monkeypatch.setattr("pocl_kernels.triton_backend.low.tile_shape", lambda rows, *_: (3, 48))
     call(rows=10, memory=memory)
     assert len(compilations) == kernels

@@ -114,14 +114,14 @@ def test_shifted_logits_change_nothing() -> None:
 
 
 def test_the_cross_entropy_kernel() -> None:
-    z, gradient, results = logits(0), poisoned(ROWS, WIDTH), poisoned(ROWS)
+    z, gradient, results = logits(0), poisoned(ROWS, WIDTH), poisoned(ROWS, 3)
     weights = torch.tensor([0.5, 2.0, 1.0])
     cross_entropy_rows[(ROWS,)](z, gradient, None, LABELS, weights, results, V, WIDTH // 16, 0.5, 4.0, BLOCK=64)
     exact = z[:, :V].double().requires_grad_()
     ce = torch.nn.functional.cross_entropy(4 * torch.tanh(exact * 0.5 / 4), LABELS, reduction="none")
     (ce * weights).sum().backward()
     assert exact.grad is not None
-    assert relative_error(results, ce) <= 5e-7
+    assert relative_error(results[:, 1], ce) <= 5e-7
     assert relative_error(gradient[:, :V], exact.grad) <= 1e-6
     assert torch.all(gradient[:, V:] == 0)
 

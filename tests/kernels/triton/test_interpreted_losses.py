@@ -13,7 +13,7 @@ from torch import Tensor
 import pocl_kernels
 from pocl_kernels import Divergence, reference
 from pocl_kernels.scalar import Value, exp
-from pocl_kernels.triton_backend import chunks
+from pocl_kernels.triton_backend import layout
 from tests.kernels.cases import INSTANCES, NAMES, Case, Solution, assert_close, make_case, oracle, pytorch, solve
 from tests.kernels.test_inputs import check_weight_zero
 from tests.kernels.test_laws import check_ignored_rows
@@ -40,7 +40,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of rows, several vocabulary tiles, none of them even."""
-    monkeypatch.setattr(chunks, "MAX_CHUNK_ROWS", 4)
+    monkeypatch.setattr(layout, "MAX_CHUNK_ROWS", 1)
     monkeypatch.setattr("pocl_kernels.triton_backend.low.tile_shape", lambda rows, *_: (min(rows, 3), 256))
 
 
@@ -138,7 +138,7 @@ def test_products_under_autocast_are_those_of_16_bit_models(memory: str, monkeyp
     ]
     truth = solve(triton(memory), halved.replace(student_head=biases[0], teacher_head=biases[1]), **call)
     # Where there is a GPU, autocast names the dtype; here it is named for it.
-    monkeypatch.setattr("pocl_kernels.api._autocast_products", lambda _: "bfloat16")
+    monkeypatch.setattr("pocl_kernels.api.autocast_products", lambda _: "bfloat16")
     result = solve(triton(memory), case, **call)
     assert result.weight is not None
     assert result.weight.dtype == torch.float32

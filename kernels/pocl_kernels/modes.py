@@ -1,0 +1,91 @@
+"""Which memory mode "auto" stands for, and how large the workspace is. Traced by torch.compile: shapes and numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pocl_kernels.head import Head
+from pocl_kernels.plan import Gradients, compute_dtype
+from pocl_kernels.triton_backend.layout import MIB, demand, factor_dtypes, fast_layout
+
+DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
+MAX_WORKSPACE_MB = 4096.0  # of the default on a GPU
+MIN_GPU_ROWS = 512
+
+
+def memory_mode(reduction: str, memory: str, *, short_chunks: Callable[[], bool]) -> str:
+    """The mode that "auto" stands for.
+
+    "low" for gradients of single tokens, which must wait for the upstream gradient. "low" too on a GPU where few rows
+    have room: "fast" adds every group's share to the weight's gradient, and at an H100's ratio of arithmetic to memory
+    bandwidth that traffic should outweigh low's second forward pass below about 500 rows (docs/gpu.md). Else "fast".
+    """
+    if memory != "auto":
+        return memory
+    if reduction == "none" and torch.is_grad_enabled():
+        return "low"
+    return "low" if short_chunks() else "fast"
+
+
+def mode_and_workspace(
+    reduction: str,
+    memory: str,
+    workspace_mb: float | None,
+    hidden: Tensor,
+    head: Head,
+    teacher: tuple[Tensor, Head] | None,
+) -> tuple[str, float]:
+    """The mode, and the workspace in MiB."""
+    gpu = hidden.device.type == "cuda"
+    if workspace_mb is None:
+        workspace_mb = default_workspace_mb(memory, hidden.device)
+
+    def short_chunks() -> bool:
+        if not gpu or not head.weight.requires_grad or not torch.is_grad_enabled():
+            return False
+        models = [(hidden, head, Gradients(hidden.requires_grad, True, False))]
+        if teacher is not None:
+            models.append((*teacher, Gradients(False, False, False)))
+        return held_rows(models, workspace_mb) < min(math.prod(hidden.shape[:-1]), MIN_GPU_ROWS)
+
+    return memory_mode(reduction, memory, short_chunks=short_chunks), workspace_mb
+
+
+def default_workspace_mb(memory: str, device: torch.device) -> float:
+    """On a GPU a twentieth of its memory, at most 4 GiB, an eighth of that for "low"; 256 and 96 MiB elsewhere."""
+    if device.type != "cuda":
+        return DEFAULT_WORKSPACE_MB["low" if memory == "low" else "fast"]
+    fast = min(max(_total_memory(device.index) / 20 / MIB, DEFAULT_WORKSPACE_MB["fast"]), MAX_WORKSPACE_MB)
+    return fast / 8 if memory == "low" else fast
+
+
+@functools.cache
+def _total_memory(index: int | None) -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index).total_memory
+
+
+def held_rows(models: Sequence[tuple[Tensor, Head, Gradients]], workspace_mb: float) -> int:
+    """Rows whose gradients ``memory="fast"`` makes at a time on a GPU, by the layout that the backend itself makes."""
+    products = autocast_products(models[0][0].device)
+    dtype = compute_dtype(*(hidden for hidden, _, _ in models))
+    V = min(head.vocab_size for _, head, _ in models)
+    demands = []
+    for hidden, head, wanted in models:
+        factors = factor_dtypes(hidden.dtype, head.weight.dtype, dtype, getattr(torch, products or "none", None), True)
+        bias = head.bias is not None
+        demands.append(demand(head.hidden_size, V, head.weight.dtype, dtype, factors, wanted, bias))
+    rows = math.prod(models[0][0].shape[:-1])
+    later = not torch.compiler.is_compiling()
+    return fast_layout(rows, demands, int(workspace_mb * MIB), later=later).held
+
+
+def autocast_products(device: torch.device) -> str:
+    """Autocast's dtype on a GPU, where 16-bit products are many times faster; on a CPU they are slower: none."""
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return ""
+    return str(torch.get_autocast_dtype("cuda")).removeprefix("torch.")
