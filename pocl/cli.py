@@ -205,14 +205,23 @@ def status(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")] = Path("runs/quickstart"),
+    compare: Annotated[Path | None, typer.Option(help="Folder of another run, to be put beside it.")] = None,
 ) -> None:
-    """Write the report of a run again: report/index.html, report/report.md and pictures."""
+    """Write the report of a run again: report/index.html, report/report.md and pictures.
+
+    With --compare OTHER, write compare-OTHER/ in its report folder: what differs in the recipes, and in the results on
+    the questions that both answered.
+    """
 
     def work(console: Console) -> None:
         from pocl.report import write_report
         from pocl.run_folder import RunFolder
 
         console.print(f"Report: {write_report(folder)}", highlight=False)
+        if compare is not None:
+            from pocl.report.comparison import write_comparison
+
+            console.print(f"Comparison: {write_comparison(folder, compare)}", highlight=False)
         RunFolder(folder).refresh("report", ["report"])
 
     _guarded(work, f"pocl report {shlex.quote(str(folder))}", [folder])

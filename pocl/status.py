@@ -115,7 +115,7 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
     if training:
         of = f" of {training['steps']:,}" if "steps" in training else ""
         left = f", about {duration(training['seconds_left'])} left" if training.get("seconds_left") else ""
-        console.print(f"Step {training['step']:,}{of} (stage {training['stage'] + 1}){left}", highlight=False)
+        console.print(f"Step {training['step']:,}{of} (stage {training['stage']}){left}", highlight=False)
         figures = {**training["figures"], **{f"validation {k}": v for k, v in training["validation"].items()}}
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         console.print(f"  {shown}", highlight=False, soft_wrap=True)

@@ -274,6 +274,7 @@ def _trainer(
         fp16=training.precision == "float16",
         logging_steps=1 if len(rows) < 5000 else 10,
         eval_strategy="epoch" if evaluates else "no",
+        eval_on_start=evaluates,
         save_strategy="epoch",
         save_every=training.save_every,
         report_to=list(training.report_to) or "none",

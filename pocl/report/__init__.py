@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl.report.document import Code, Document, Heading, Paragraph, Picture, Table
+from pocl.report.intervals import difference, half_width
 from pocl.report.run import MODEL_NAMES, Run
 
 __all__ = ["Run", "extreme_samples", "results_table", "write_report"]
@@ -49,14 +50,20 @@ def results_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[
             [
                 MODEL_NAMES.get(key, key),
                 f"{count / 1e6:.1f} M" if count else "",
-                _number(result.get("cross_entropy")),
-                _number(result.get("kl_to_teacher")),
-                _number(result.get("rouge_l"), 4),
-                _number(result.get("exact_match"), 4),
+                _measured(result, "cross_entropy", 3),
+                _measured(result, "kl_to_teacher", 3),
+                _measured(result, "rouge_l", 4),
+                _measured(result, "exact_match", 4),
             ]
         )
     strong = list(results).index("student-final") if "student-final" in results else None
     return Table(header, rows, numbers=frozenset(range(1, 6)), strong=strong)
+
+
+def _measured(result: Mapping[str, Any], measure: str, digits: int) -> str:
+    """The mean, with half of its 95 % interval where the samples' own values are known and differ."""
+    text, half = _number(result.get(measure), digits), half_width(result, measure)
+    return f"{text} ± {half:.{digits}f}" if half else text
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -79,12 +86,20 @@ def _summary(run: Run) -> str:
         text += f"Here {sizes['teacher'] / 1e6:.1f} M parameters taught {sizes['student'] / 1e6:.1f} M. "
     before, after = run.results.get("student-initial"), run.results.get("student-final")
     if before and after and before.get("kl_to_teacher") and after.get("kl_to_teacher"):
-        first, last = before["kl_to_teacher"], after["kl_to_teacher"]
-        text += (
-            f"On {after['num_samples']} samples that the student never trained on, its distance from the teacher "
-            f"(KL) went from {first:.2f} to {last:.2f} nats per token, {first / last:.1f} times closer."
-        )
+        text += f"On {after['num_samples']} samples that the student never trained on, {_progress(before, after)}"
     return text
+
+
+def _progress(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What became of the distance from the teacher, and no more than the samples can tell."""
+    first, last = before["kl_to_teacher"], after["kl_to_teacher"]
+    text = f"its distance from the teacher (KL) went from {_number(first)} to {_number(last)} nats per token"
+    interval = difference(before, after, "kl_to_teacher")
+    if interval is not None and interval[0] <= 0 <= interval[1]:
+        return f"{text}: no difference that so many samples could show."
+    if first > 1.5 * last:
+        return f"{text}, {first / last:.1f} times closer."
+    return f"{text}: {'closer' if last < first else 'farther away'}."
 
 
 def _results(run: Run, folder: Path, document: Document) -> None:
@@ -101,7 +116,9 @@ def _results(run: Run, folder: Path, document: Document) -> None:
             "among V tokens gives ln V. KL to teacher: how far the model's next-token distribution is from the "
             "teacher's; 0 is a perfect copy. ROUGE-L: how much of the reference answer its own answer has in "
             "common, in order, from 0 to 1. Exact match: share of answers equal to the reference but for case, "
-            "punctuation and articles."
+            "punctuation and articles. What stands behind ± is half of the 95 % interval by bootstrap over the "
+            "samples: how far the figure may be off for want of more questions. Between models, which all answered the "
+            "same questions, differences are surer than these intervals."
         ),
         Picture("results.png", "The same numbers as bars."),
     )
@@ -220,7 +237,13 @@ def _stages(run: Run, folder: Path, document: Document) -> None:
     )
     if run.validation:
         draw_validation(run.validation, stages, folder / "validation.png")
-        document.add(Picture("validation.png", "Validation samples, measured while training."))
+        document.add(
+            Picture(
+                "validation.png",
+                "Validation samples, measured before training (step 0) and while it went on. KL is at temperature 1 in "
+                "every stage, so that stages compare.",
+            )
+        )
 
 
 def _answers(run: Run, folder: Path, document: Document) -> None:

@@ -15,11 +15,21 @@ h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { font-size: 1.3rem; margin-t
 table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
 th { text-align: left; border-bottom: 2px solid #9fb3c8; }
 th, td { padding: .35rem .8rem .35rem 0; vertical-align: top; }
-td { border-bottom: 1px solid #e4e9f0; overflow-wrap: anywhere; white-space: pre-wrap; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td { border-bottom: 1px solid #e4e9f0; overflow-wrap: anywhere; min-width: 5rem; white-space: pre-wrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; min-width: 0; }
+p, figcaption, h1, h2, h3 { overflow-wrap: break-word; }
 tr.strong td { font-weight: 650; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #52606d; font-size: .92rem; }
 pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: .82rem; }
+@media (max-width: 46rem) { /* a phone: every row of a table becomes a card, its columns named in front of the values */
+  body { margin: 1.2rem auto; padding: 0 1rem; } h1 { font-size: 1.5rem; }
+  table, tbody, tr { display: block; } thead { display: none; }
+  tr { border: 1px solid #c9d4e0; border-radius: .4rem; margin: 0 0 .8rem; padding: .3rem .7rem; }
+  td, td.number { display: flex; gap: 1rem; justify-content: space-between; border: 0; padding: .15rem 0; min-width: 0;
+    text-align: right; white-space: normal; }
+  td::before { content: attr(data-column); color: #52606d; flex: 0 0 8.5rem; text-align: left; font-weight: 400; }
+  td > span { min-width: 0; overflow-wrap: break-word; white-space: pre-wrap; } td:has(> span:empty) { display: none; }
+}
 """
 
 
@@ -65,7 +75,11 @@ class Table:
     def html(self, folder: Path) -> str:
         def line(cells: Sequence[str], tag: str, css: str = "") -> str:
             parts = (
-                f"<{tag}{' class=number' if column in self.numbers else ''}>{html.escape(text)}</{tag}>"
+                f"<{tag}{' class=number' if column in self.numbers else ''}"
+                + (f' data-column="{html.escape(self.header[column])}"><span>' if tag == "td" else ">")
+                + html.escape(text)
+                + ("</span>" if tag == "td" else "")
+                + f"</{tag}>"
                 for column, text in enumerate(cells)
             )
             return f"<tr{css}>{''.join(parts)}</tr>"

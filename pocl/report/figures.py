@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.report.intervals import half_width
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -100,8 +102,6 @@ def draw_losses(
     path: Path,
 ) -> None:
     """Divergence from the teacher and cross-entropy with the labels, step by step, warm-up first (negative steps)."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     figure = _figure(9.6, 5.0)
     axes = figure.subplots(2, 1, sharex=True)
     shift = warmup[-1]["step"] if warmup else 0
@@ -123,29 +123,27 @@ def draw_losses(
         axis.set_xlim(left=-shift)
         axis.set_yscale("log")  # the first steps of an untrained student would flatten all others
         axis.set_ylim(top=1.5 * axis.get_ylim()[1])
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        _readable_ticks(axis)
     axes[-1].set_xlabel("optimizer step", fontsize=9)
     _save(figure, path)
 
 
+_VALIDATION = (
+    ("eval_cross_entropy", "Cross-entropy of the validation samples (lower is better)", LABELS),
+    ("eval_kl_to_teacher", "KL to the teacher at temperature 1 (lower is better)", TEACHING),
+    ("eval_rouge_l", "ROUGE-L of the answers to the validation samples (higher is better)", BEST),
+)
+
+
 def draw_validation(lines: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Cross-entropy and, where it was measured, ROUGE-L of the validation samples at every evaluation.
+    """Cross-entropy, KL to the teacher and ROUGE-L of the validation samples at every evaluation, if measured.
 
     Args:
-        lines: evaluation lines with `step` and `eval_cross_entropy` or `eval_rouge_l`.
+        lines: evaluation lines with `step` and `eval_cross_entropy`, `eval_kl_to_teacher` or `eval_rouge_l`.
         stages: as for `draw_stages`.
         path: PNG to write.
     """
-    kinds = [
-        (key, title, colour)
-        for key, title, colour in (
-            ("eval_cross_entropy", "Cross-entropy of the validation samples (lower is better)", LABELS),
-            ("eval_rouge_l", "ROUGE-L of the answers to the validation samples (higher is better)", BEST),
-        )
-        if any(line.get(key) is not None for line in lines)
-    ]
+    kinds = [kind for kind in _VALIDATION if any(line.get(kind[0]) is not None for line in lines)]
     figure = _figure(9.6, 2.5 * len(kinds))
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (key, title, colour) in zip(axes, kinds, strict=True):
@@ -158,8 +156,31 @@ def draw_validation(lines: Sequence[Mapping[str, Any]], stages: Sequence[Mapping
     _save(figure, path)
 
 
+def draw_comparison(runs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
+    """The validation measures of several runs over their steps, one line a run.
+
+    Args:
+        runs: for each run its evaluation lines, as for `draw_validation`.
+        names: what the runs are called.
+        path: PNG to write.
+    """
+    kinds = [kind for kind in _VALIDATION if any(line.get(kind[0]) is not None for lines in runs for line in lines)]
+    figure = _figure(9.6, 2.5 * len(kinds))
+    axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (key, title, _) in zip(axes, kinds, strict=True):
+        for lines, name, colour in zip(runs, names, (TEACHING, LABELS), strict=True):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=4, label=name)
+        axis.margins(y=0.3)
+        _label(axis, title, "", "")
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].set_xlabel("optimizer step", fontsize=9)
+    _save(figure, path)
+
+
 def draw_results(names: Sequence[str], results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars for every model: cross-entropy, KL to the teacher, ROUGE-L."""
+    """Bars for every model: cross-entropy, KL to the teacher, ROUGE-L, each with its 95 % interval."""
     kinds = [
         (key, title)
         for key, title in (
@@ -175,9 +196,11 @@ def draw_results(names: Sequence[str], results: Sequence[Mapping[str, Any]], pat
     for axis, (key, title) in zip(axes, kinds, strict=True):
         values = [result.get(key) or 0.0 for result in results]
         axis.barh(range(len(names)), values, color=colours, height=0.62)
+        halves = [half_width(result, key) or 0.0 for result in results]
+        axis.errorbar(values, range(len(names)), xerr=halves, fmt="none", ecolor=INK, elinewidth=1.0, capsize=2.5)
         for row, result in enumerate(results):
             text = "" if result.get(key) is None else f" {result[key]:.3g}"
-            axis.annotate(text, (values[row], row), va="center", fontsize=8.5, color=INK)
+            axis.annotate(text, (values[row] + halves[row], row), va="center", fontsize=8.5, color=INK)
         axis.margins(x=0.22)
         axis.set_yticks(range(len(names)), names, fontsize=9)
         _label(axis, title, "", "")
@@ -185,6 +208,19 @@ def draw_results(names: Sequence[str], results: Sequence[Mapping[str, Any]], pat
         axis.tick_params(axis="x", labelbottom=False, length=0)
     axes[0].invert_yaxis()
     _save(figure, path)
+
+
+def _readable_ticks(axis: Axes) -> None:
+    """On a logarithmic axis: 1, 2, 5 times powers of ten, or even steps where the limits are too near for three."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_ylim()
+    locator: LogLocator | MaxNLocator = LogLocator(subs=(1.0, 2.0, 5.0))
+    if sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 3:
+        locator = MaxNLocator(nbins=4, steps=[1, 2, 5, 10])
+    axis.yaxis.set_major_locator(locator)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:

@@ -26,7 +26,7 @@ class StageBar(TrainerCallback):
 
         if state.is_world_process_zero:
             stage, count = self.trainer.stage, len(self.trainer.curriculum.stages)
-            title = f"stage {stage.index + 1}/{count} T={stage.temperature:.2f}"
+            title = f"stage {stage.index}{f' of 0-{count - 1}' if count > 1 else ''}, T={stage.temperature:.2f}"
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc=title, unit="step", dynamic_ncols=True
             )

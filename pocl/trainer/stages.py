@@ -93,6 +93,7 @@ class StagedTrainer(Trainer):
             processes.first(lambda: self._claim(anew=resume_from_checkpoint is False))
         base_args: Any = vars(self)["args"]
         self._step_offset, output = 0, TrainOutput(0, 0.0, {})
+        self._measure_start()
         try:
             with no_saving_bars():
                 for stage in self.curriculum.stages:
@@ -120,6 +121,21 @@ class StagedTrainer(Trainer):
         if self._began_with is None:
             self._began_with = student_identity(self.model, self.progress.root)
         self.progress.claim(run_identity(self, self._began_with))
+
+    def _measure_start(self) -> None:
+        """With `eval_on_start`, log an evaluation before any training, as step 0: curves begin where the student did.
+
+        Sharding engines wrap the model anew for training, and are left alone.
+        """
+        first = self.curriculum.stages[0].index
+        begun = self.progress.finished(first) is not None or self.progress.newest_checkpoint(first) is not None
+        evaluates = self.eval_dataset is not None and self.args.eval_on_start
+        if begun or not evaluates or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        self.progress.cut_log(-1)
+        metrics = self.evaluate()
+        if self.is_world_process_zero():
+            self.progress.append_log({"step": 0, "stage": first, **metrics})
 
     def _train_stage(self, stage: Stage, base_args: Any) -> tuple[TrainOutput, FinishedStage]:
         """One call of `Trainer.train`, from the stage's newest whole checkpoint if it has one."""
@@ -161,6 +177,7 @@ class StagedTrainer(Trainer):
         self.args.max_steps = stage.max_steps or -1
         self.args.learning_rate = stage.learning_rate or base_args.learning_rate
         last = stage.index == len(self.curriculum.stages) - 1
+        self.args.eval_on_start = False  # once a run, not once a stage: see `_measure_start`
         self.args.load_best_model_at_end &= last or self.curriculum.start == "best"
         set_seed(derived_seed(base_args.seed, stage.index))
         self.optimizer, self.lr_scheduler = None, None

@@ -12,6 +12,8 @@ import torch
 from pocl.curriculum import Curriculum, Stage
 from pocl.teacher import HiddenStateCache, OnlineTeacher
 
+from .conftest import llama
+
 transformers = pytest.importorskip("transformers")
 
 
@@ -369,3 +371,23 @@ def test_rows_of_like_length_share_batches_and_none_is_lost(trainer_of, rows) ->
     assert sorted(i for batch in batches for i in batch["sample_id"].tolist()) == [row["sample_id"] for row in rows]
     spread = [int(batch["attention_mask"].sum(1).max() - batch["attention_mask"].sum(1).min()) for batch in batches]
     assert max(spread) <= 3
+
+
+def test_an_evaluation_before_training_is_logged_once_as_step_0_and_changes_no_weight(
+    config: Any, rows: list[dict[str, Any]], unseen_rows: list[dict[str, Any]], teacher: Any, tmp_path: Path
+) -> None:
+    from pocl.trainer import POCLTrainer
+
+    def trained(folder: str, **fields: Any) -> POCLTrainer:
+        args = config(output_dir=str(tmp_path / folder), eval_strategy="epoch", save_strategy="epoch", **fields)
+        curriculum = Curriculum.constant(epochs=1)
+        made = POCLTrainer(llama(16, 1, seed=1), teacher, args, rows, None, curriculum, eval_dataset=unseen_rows)
+        made.train()
+        return made
+
+    with_start, without = trained("with", eval_on_start=True), trained("without")
+    with_start.train()  # finished: not measured again
+    steps = [[line["step"] for line in t.progress.read_log() if "eval_loss" in line] for t in (with_start, without)]
+    assert steps[0] == [0, *steps[1]]
+    ours, theirs = (t.model.state_dict() for t in (with_start, without))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
