@@ -212,7 +212,7 @@ def test_a_student_of_ones_own_and_a_single_stage_without_held_out_samples(
     ]
     result = pocl("distill", recipe, *words)
     assert result.exit_code == 0, result.output
-    assert list(manifest(tmp_path / "run")) == ["models", "data", "ranking", "training", "report"]
+    assert list(manifest(tmp_path / "run")) == ["models", "data", "training", "report"]
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
