@@ -108,7 +108,7 @@ def token_scores(
     with _evaluating(model, teacher):
         for indices in token_budget_batches([len(s) for s in samples], max_batch_tokens):
             batch = [samples[i] for i in indices]
-            input_ids = _stack(batch, next(model.parameters()).device)
+            input_ids = _stack(batch, view_of(model).device)
             for i, scores in zip(indices, _batch_scores(model, teacher, batch, input_ids), strict=True):
                 out[i] = scores
             if advance is not None:
@@ -150,7 +150,7 @@ def scores_and_answers(
         """Batches as the engine asks for them; their samples are scored on the way."""
         for indices in token_budget_batches([len(s) for s in samples], max_batch_tokens):
             batch = [samples[i] for i in indices]
-            input_ids = _stack(batch, next(model.parameters()).device)
+            input_ids = _stack(batch, view_of(model).device)
             hidden, ready = prefill(model, [requests[i] for i in indices], input_ids)
             for i, found in zip(indices, _batch_scores(model, teacher, batch, input_ids, hidden), strict=True):
                 scores[i] = found

@@ -34,9 +34,9 @@ from pocl.difficulty.processes import Processes
 from pocl.difficulty.samples import Sample, SampleReader, mark_of, split_into_shards
 from pocl.difficulty.store import MemoryStore, ShardStore, add_ids, check_ids
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
-from pocl.models import in_evaluation_mode, text_config
+from pocl.models import in_evaluation_mode, view_of
+from pocl.models.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from pocl.rouge import check_rule, count_wordless, pair_scores, warn_of_wordless
-from pocl.teacher.store import tokenizer_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -121,7 +121,7 @@ def score(
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    shard_size = shard_size or SHARD_SIZE.get(next(model.parameters()).device.type, SHARD_SIZE["cuda"])
+    shard_size = shard_size or SHARD_SIZE.get(view_of(model).device.type, SHARD_SIZE["cuda"])
     check_rule(words)
     _check_sizes(shard_size=shard_size, max_batch_tokens=max_batch_tokens, batch_size=batch_size)
     read = SampleReader(
@@ -256,7 +256,7 @@ def _share(dataset: Any, shard_size: int, processes: Processes) -> int | None:
 
 def _identity(model: nn.Module) -> dict[str, Any]:
     """A hash of the weights, and the configuration that decides how they are used (positions, windows, caps)."""
-    config = json.loads(text_config(model).to_json_string(use_diff=False))
+    config = json.loads(view_of(model).config.to_json_string(use_diff=False))
     return {
         "weights": weights_fingerprint(model),
         "config": {name: value for name, value in config.items() if name not in _INCIDENTAL},

@@ -12,7 +12,7 @@ from pocl.generation.fallback import answer_in_batches
 from pocl.generation.memory import rows_that_fit
 from pocl.generation.settings import GenerationSettings, Request, check_prompts
 from pocl.generation.slots import Prefilled, SlotEngine, maskable_attention, prefill, slots_agree
-from pocl.models import in_evaluation_mode
+from pocl.models import in_evaluation_mode, view_of
 
 BACKENDS = ("auto", "slots", "transformers")
 _PREFILL_TOKENS = 4096
@@ -116,7 +116,7 @@ def _answers_from_slots(
 
 def _prompt_batches(model: nn.Module, requests: Sequence[Request]) -> Iterable[Prefilled]:
     """Prompts alone, longest first, in batches of at most `_PREFILL_TOKENS` tokens."""
-    device = next(model.parameters()).device
+    device = view_of(model).device
     order = sorted(requests, key=lambda r: -len(r.prompt))
     while order:
         count = max(1, _PREFILL_TOKENS // len(order[0].prompt))

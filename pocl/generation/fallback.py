@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pocl.generation.sampling import NgramBan, check_finite, choose, uniforms
-from pocl.generation.settings import GenerationSettings, Request, context_length
+from pocl.generation.settings import GenerationSettings, Request
+from pocl.models import view_of
 
 
 def answer_in_batches(
@@ -27,7 +28,7 @@ def answer_in_batches(
     Raises:
         ValueError: logits that are not finite; names the sample.
     """
-    context = context_length(model) or sys.maxsize
+    context = view_of(model).context or sys.maxsize
     order = sorted(requests, key=lambda r: -len(r.prompt))
     # an answer that the context may cut short goes alone: in a batch it would cut the others short too
     count = sum(len(r.prompt) + settings.max_new_tokens > context + 1 for r in order)
@@ -44,7 +45,7 @@ def _batch(
 ) -> list[list[int]]:
     from transformers import LogitsProcessorList
 
-    device = next(model.parameters()).device
+    device = view_of(model).device
     width = max(len(r.prompt) for r in requests)
     input_ids = torch.full((len(requests), width), int(eos_token_ids[0]), dtype=torch.int64)
     mask = torch.zeros_like(input_ids)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pocl.models import text_config
+from pocl.models import view_of
 
 # Rows beyond which a step takes as much longer as it has rows. Of a 50 M model, an AVX2 core takes 3.3 ms a token at 16
 # rows, 2.4 at 32, 2.2 at 64 and 1.9 at 128; a GPU still gains at several hundred.
@@ -34,11 +34,12 @@ def available_bytes(device: torch.device) -> int:
 
 def cache_bytes_per_token(model: nn.Module) -> int:
     """Keys and values of one token in all layers; for models without attention heads, as if the heads were full."""
-    config: Any = text_config(model)
+    view = view_of(model)
+    config: Any = view.config
     heads = getattr(config, "num_attention_heads", 1)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * config.num_hidden_layers * shared * size * next(model.parameters()).element_size()
+    return 2 * config.num_hidden_layers * shared * size * view.dtype.itemsize
 
 
 def rows_that_fit(model: nn.Module, tokens_per_row: int, *, processes: int = 1) -> int:
@@ -48,9 +49,9 @@ def rows_that_fit(model: nn.Module, tokens_per_row: int, *, processes: int = 1) 
         tokens_per_row: longest prompt and longest answer together.
         processes: how many share a machine's memory; of a GPU each has its own.
     """
-    device = next(model.parameters()).device
-    config = text_config(model)
+    view = view_of(model)
+    device = view.device
     # float32 logits and their copies while a token is chosen, beside the cache
-    row = tokens_per_row * cache_bytes_per_token(model) + 3 * 4 * config.vocab_size
+    row = tokens_per_row * cache_bytes_per_token(model) + 3 * 4 * view.vocabulary
     share = _SHARE / (processes if device.type == "cpu" else 1)
     return max(1, min(MAX_ROWS.get(device.type, MAX_ROWS["cuda"]), int(available_bytes(device) * share) // row))

@@ -213,6 +213,7 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     import torch
     from datasets import concatenate_datasets
 
+    from pocl.models import view_of
     from pocl.pipeline.curricula import teacher_passes
     from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
 
@@ -221,7 +222,7 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
     splits = [split for split in ("train", "validation") if context.has_rows(split)]
     rows = concatenate_datasets([context.rows(split) for split in splits])
     dtype = getattr(torch, section.dtype) if section.dtype else teacher.dtype
-    size = HiddenStateCache.estimate_bytes(rows, teacher.config.get_text_config().hidden_size, dtype)
+    size = HiddenStateCache.estimate_bytes(rows, view_of(teacher).head().hidden_size, dtype)
     why = ""
     if section.mode == "auto":
         free = shutil.disk_usage(context.path).free

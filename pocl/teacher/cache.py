@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pocl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from pocl.teacher.batches import rows_of
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import (
@@ -23,10 +24,8 @@ from pocl.teacher.store import (
     Store,
     data_fingerprint,
     label_count,
-    model_fingerprint,
     plan_shards,
     sample_key,
-    tokenizer_fingerprint,
 )
 
 _WAIT_SECONDS = 0.5

@@ -19,8 +19,8 @@ from torch import nn
 from pocl import heads
 from pocl.data import Collator
 from pocl.data.token_rows import RowsSummary
+from pocl.models.fingerprint import arithmetic_settings, model_fingerprint, weights_fingerprint
 from pocl.teacher import HiddenStateCache, OnlineTeacher
-from pocl.teacher.store import arithmetic_settings, model_fingerprint, weights_fingerprint
 from pocl.trainer.loading import PackedCollator
 
 _ARGUMENTS = (

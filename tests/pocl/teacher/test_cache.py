@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pocl.data import Collator
+from pocl.models.fingerprint import model_fingerprint
 from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
 from pocl.teacher import cache as cache_module
-from pocl.teacher.store import Store, model_fingerprint, plan_shards
+from pocl.teacher.store import Store, plan_shards
 from pocl.trainer.loading import PackedCollator
 
 
