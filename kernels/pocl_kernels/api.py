@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from pocl_kernels import operators
 from pocl_kernels.autograd import FusedLoss, Result
-from pocl_kernels.divergences import Divergence, get_divergence
+from pocl_kernels.divergences import Divergence, get_divergence, require
 from pocl_kernels.head import Head, as_head, whole_tensor
 from pocl_kernels.modes import autocast_products, mode_and_workspace
 from pocl_kernels.operators import Choices
@@ -34,7 +34,7 @@ def fused_linear_divergence(
     teacher_head: Head | Tensor,
     *,
     divergence: str | Divergence = "fkl",
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     scale_by_temperature: bool = True,
     labels: Tensor | None = None,
     ignore_index: int = -100,
@@ -61,7 +61,7 @@ def fused_linear_divergence(
             hidden states a head with a graph behind it is refused. Vocabularies may differ by padding rows at the end:
             the surplus rows take no probability and get a zero gradient.
         divergence: a name (fkl, rkl, skew_fkl, skew_rkl, jsd, tvd, jeffreys, alpha) or a :class:`Divergence` instance.
-        temperature: of both softmaxes, > 0.
+        temperature: of both softmaxes, > 0: a number, or ``[...]`` of one a token; so are the divergence's parameters.
         scale_by_temperature: multiply D by temperature^2 (Hinton et al. 2015), so that gradients keep their size.
         labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``. Rows with ``ignore_index`` are dropped
             before any matrix product.
@@ -95,6 +95,7 @@ def fused_linear_divergence(
     vocab_size = _check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
     teacher_head = _gathered(teacher_head)
     _check_numbers(temperature, ce_weight, labels)
+    temperature, parameters = _by_token(student_hidden, temperature, divergence)
     _check_choices(reduction, memory, workspace_mb)
     _check_backend(backend, student_hidden.device)
     pair = teacher_hidden, teacher_head
@@ -111,7 +112,9 @@ def fused_linear_divergence(
     scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
     products = autocast_products(hidden.device)
     choices = Choices(divergence.token, backend, mode, group_name, products)
-    numbers = _numbers([temperature, factor, ce_weight, *divergence.parameters()])
+    numbers = _numbers([temperature, factor, ce_weight, *parameters])
+    if numbers.dim() == 2:
+        scales.append(ce_weight)
 
     def run(
         h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
@@ -129,7 +132,8 @@ def fused_linear_divergence(
         )
         d, ce = results[DIVERGENCE], results[CROSS_ENTROPY]
         # A part without weight must not enter: 0 * inf is not 0.
-        loss = ce if factor == 0 else factor * d if ce_weight == 0 else factor * d + ce_weight * ce
+        own = factor if numbers.dim() == 1 else numbers[1].to(d.dtype)
+        loss = ce if ce_weight == 1 else own * d if ce_weight == 0 else own * d + ce_weight * ce
         return Result(loss, results, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
@@ -258,13 +262,39 @@ def _check_models(
     return None
 
 
-def _check_numbers(temperature: float, ce_weight: float, labels: Tensor | None) -> None:
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature={temperature!r} must be a positive number")
+def _check_numbers(temperature: float | Tensor, ce_weight: float, labels: Tensor | None) -> None:
+    if isinstance(temperature, Tensor) and temperature.dim():
+        inside = (temperature > 0) & (temperature < math.inf)
+        require(inside, "temperature must be positive and finite for every token", temperature)
+    elif not (isinstance(temperature, (int, float, Tensor)) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r} must be a positive number, or a tensor of one a token")
     if not 0.0 <= ce_weight <= 1.0:
         raise ValueError(f"ce_weight={ce_weight!r} must be in [0, 1]")
     if ce_weight > 0 and labels is None:
         raise ValueError(f"ce_weight={ce_weight!r} needs labels; pass labels or ce_weight=0")
+
+
+def _by_token(hidden: Tensor, temperature: float | Tensor, divergence: Divergence) -> tuple[Any, list[Any]]:
+    """Temperature and the divergence's parameters, flat and all one a token if any is; detached."""
+    fields = [field.name for field in dataclasses.fields(divergence)]
+    given = dict(zip(("temperature", *fields), (temperature, *divergence.parameters()), strict=True))
+    tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.dim()}
+    if not tensors:
+        return temperature, list(given.values())[1:]
+    for name, x in tensors.items():
+        if x.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: it must be a number, or one a token, {tuple(hidden.shape[:-1])}"
+            )
+        _check_device(name, x, hidden)
+    rows = math.prod(hidden.shape[:-1])
+    flat = [
+        x.detach().reshape(-1).double()
+        if isinstance(x, Tensor) and x.dim()
+        else torch.full((rows,), 1.0, dtype=torch.float64, device=hidden.device) * x
+        for x in given.values()
+    ]
+    return flat[0], flat[1:]
 
 
 def _check_hidden(who: str, hidden: Tensor, head: Head) -> None:
@@ -405,8 +435,10 @@ def _reduce(rows: Tensor, row_scale: Tensor, reduction: str) -> Tensor:
     return scaled if reduction == "none" else scaled.sum()
 
 
-def _numbers(values: Sequence[float]) -> Tensor:
-    """A float64 tensor on the CPU of what a schedule may change."""
+def _numbers(values: Sequence[Any]) -> Tensor:
+    """A float64 tensor of what a schedule may change: on the CPU, or where the inputs are with one a token."""
+    if isinstance(values[0], Tensor) and values[0].dim():
+        return torch.stack([x if isinstance(x, Tensor) and x.dim() else torch.full_like(values[0], x) for x in values])
     if not torch.compiler.is_compiling():
         return torch.tensor([float(x) for x in values], dtype=torch.float64)
     # Of all ways to make a tensor of a number, only arithmetic keeps it a variable of the compiled graph.

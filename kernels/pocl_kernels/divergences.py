@@ -17,7 +17,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
+
+import torch
 
 from pocl_kernels.scalar import (
     Value,
@@ -35,6 +37,14 @@ from pocl_kernels.scalar import (
     weighted,
     where,
 )
+
+
+def require(holds: torch.Tensor, message: str, values: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless all hold, naming one value; on a GPU the device checks, and nothing waits for it."""
+    if holds.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(holds.all(), message)
+    elif not holds.all():
+        raise ValueError(f"{message}, got {values[~holds].reshape(-1)[0].item():g} ({int((~holds).sum())} such)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +65,8 @@ class Divergence(abc.ABC):
         if "slope" in vars(cls) and "relative_slope" not in vars(cls):
             cls.relative_slope = Divergence.relative_slope  # type: ignore[method-assign]  # nor its difference
 
-    def parameters(self) -> list[float]:
-        """The values of the fields: the run-time parameters of the kernels.
+    def parameters(self) -> list[Any]:
+        """The values of the fields, numbers or tensors of one a token: the run-time parameters of the kernels.
 
         Raises:
             TypeError: for a field that is no number.
@@ -71,7 +81,7 @@ class Divergence(abc.ABC):
         return values
 
     @classmethod
-    def from_parameters(cls, values: Sequence[float]) -> Self:
+    def from_parameters(cls, values: Sequence[Any]) -> Self:
         """The instance that has these values in its fields, as they are: nothing is checked or changed."""
         made = object.__new__(cls)
         for field, value in zip(dataclasses.fields(cls), values, strict=True):
@@ -97,12 +107,13 @@ class Divergence(abc.ABC):
 
     def _check(self, field: str, low: float, high: float, *, open_ends: bool = False) -> None:
         x = getattr(self, field)
-        inside = low < x < high if open_ends else low <= x <= high
-        if not inside:
-            brackets = "()" if open_ends else "[]"
-            raise ValueError(
-                f"{type(self).__name__}({field}={x!r}): {field} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
-            )
+        brackets = "()" if open_ends else "[]"
+        allowed = f"{field} must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+        if isinstance(x, torch.Tensor) and x.dim():
+            inside = (low < x) & (x < high) if open_ends else (low <= x) & (x <= high)
+            require(inside, f"{type(self).__name__}({field}=...): {allowed} for every token", x)
+        elif not (low < x < high if open_ends else low <= x <= high):
+            raise ValueError(f"{type(self).__name__}({field}={x!r}): {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +291,8 @@ class AlphaBeta(Divergence):
     def __post_init__(self) -> None:
         self._check("alpha", 0.0, 2.0)
         self._check("beta", 0.0, 2.0)
-        if not self.alpha + self.beta > 0:
-            raise ValueError("AlphaBeta(alpha=0, beta=0): their sum must be positive")
+        total = torch.as_tensor(self.alpha + self.beta)
+        require(total > 0, "AlphaBeta: alpha + beta must be positive", total)
 
     def value(self, l: Value, r: Value) -> Value:
         # With p^(a + b) and q^(a + b) for p and q it is an alpha-divergence, whose value needs no sums of 1.

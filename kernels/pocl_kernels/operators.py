@@ -61,8 +61,11 @@ def linear_loss(
 @torch.library.custom_op("pocl::linear_loss", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def operator(
     inputs: Sequence[Tensor | None],  # the fields of Inputs
-    numbers: Tensor,  # [3 + parameters] on the CPU: temperature, factor of D, ce_weight, the divergence's parameters
-    heads: Sequence[float],  # student's scale and softcap (0: none), then the teacher's
+    # [3 + parameters] on the CPU: temperature, factor of D, ce_weight, the divergence's parameters; or one a token,
+    # [3 + parameters, N] where the inputs are
+    numbers: Tensor,
+    # student's scale and softcap (0: none), then the teacher's; ce_weight again, for numbers that are one a token
+    heads: Sequence[float],
     workspace_mb: float,
     ignore_index: int,
     wanted: Sequence[bool],  # gradients of hidden, weight, bias
@@ -84,13 +87,17 @@ def _compute(
     *,
     later: bool,
 ) -> Rows:
-    temperature, divergence_factor, ce_weight, *parameters = numbers.tolist()
+    temperature, divergence_factor, ce_weight, *parameters = (
+        numbers.tolist() if numbers.dim() == 1 else numbers.unbind()
+    )
+    if numbers.dim() == 2:
+        ce_weight = heads[4]
     kind = Divergence.classes[chosen.divergence] if chosen.divergence else None
     plan = Plan(
         divergence=None if kind is None else kind.from_parameters(parameters),
         temperature=temperature,
         divergence_factor=divergence_factor,
-        ce_weight=ce_weight,
+        ce_weight=float(ce_weight),
         ignore_index=ignore_index,
         student_scale=heads[0],
         student_softcap=heads[1] or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ class Plan:
     """
 
     divergence: Divergence | None  # None: the cross-entropy alone
-    temperature: float
-    divergence_factor: float  # (1 - ce_weight) * T^2, or without the T^2
+    temperature: Any  # a number, or float64 [N] of one a token; so are the next and the divergence's parameters
+    divergence_factor: Any  # (1 - ce_weight) * T^2, or without the T^2
     ce_weight: float
     ignore_index: int
     student_scale: float
@@ -36,9 +36,30 @@ class Plan:
     products: torch.dtype | None = None  # 16-bit dtype for the factors of all matrix products; None: that of the inputs
 
     @property
-    def slope_coefficient(self) -> float:
+    def slope_coefficient(self) -> Any:
         """Factor of ``slope - q c`` in the gradient with respect to the student's transformed logits."""
         return self.divergence_factor / self.temperature
+
+    @property
+    def by_token(self) -> bool:
+        """Whether temperature and parameters are one a token."""
+        return isinstance(self.temperature, Tensor)
+
+    def at(self, rows: Any, dtype: torch.dtype | None = None) -> Plan:
+        """The plan of some of the rows: an index, a slice, or ``(slice(None), None)`` for columns; in ``dtype``."""
+        if not self.by_token or self.divergence is None:
+            return self
+
+        def pick(x: Tensor) -> Tensor:
+            return x[rows] if dtype is None else x[rows].to(dtype)
+
+        parameters = [pick(x) for x in self.divergence.parameters()]
+        return dataclasses.replace(
+            self,
+            divergence=self.divergence.from_parameters(parameters),
+            temperature=pick(self.temperature),
+            divergence_factor=pick(self.divergence_factor),
+        )
 
 
 class Gradients(NamedTuple):

@@ -21,7 +21,7 @@ from pocl_kernels import parallel
 from pocl_kernels.cpu import compiler, memory
 from pocl_kernels.eager import rows as eager
 from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
-from pocl_kernels.scalar import trace
+from pocl_kernels.scalar import Program, trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
 LOGITS_SHARE = 0.97  # of the workspace; the rest is for slices in the making, rows of threads, the library's packing
@@ -55,7 +55,8 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
             part = slice(first, first + teacher_rows)
             chunk_labels = None if labels is None else labels.index_select(0, index[part])
             zt = teacher.project(index[part])
-            kernel(zs[part], zt, student.bias, teacher.bias, chunk_labels, scale[part], plan, any(wanted), out[part])
+            own = plan.at(index[part])
+            kernel(zs[part], zt, student.bias, teacher.bias, chunk_labels, scale[part], own, any(wanted), out[part])
         results.index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, zs)
@@ -183,8 +184,7 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
     if function is None:
         return eager.divergence_rows
     native = function
-    values = program.uniform_values(plan.divergence.parameters())
-    uniforms = (ctypes.c_float * max(1, len(values)))(*values)
+    shared = None if plan.by_token else _numbers_of(plan, program)
 
     def run(
         zs: Tensor,
@@ -200,6 +200,7 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
         V = zs.shape[1]
         threads = min(torch.get_num_threads(), zs.shape[0])
         scratch = torch.empty(threads, 2 * V + 2 * -(-V // SCRATCH_BLOCK))
+        rate, coefficient, uniforms = _numbers_of(plan, program) if shared is None else shared
         arguments = (
             ctypes.c_int64(V),
             _pointer(zs),
@@ -212,15 +213,28 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
             ctypes.c_float(plan.teacher_softcap or 0.0),
             _pointer(labels),
             _pointer(row_scale),
-            ctypes.c_float(1.0 / plan.temperature),
-            ctypes.c_float(plan.slope_coefficient),
+            _pointer(rate),
+            _pointer(coefficient),
             ctypes.c_float(plan.ce_weight),
-            uniforms,
+            _pointer(uniforms),
+            ctypes.c_int64(uniforms.shape[1]),
+            ctypes.c_int64(plan.by_token),
         )
         own = [(_pointer(s), _pointer(out), ctypes.c_int(want_grad)) for s in scratch]
         _parallel(native, zs.shape[0], arguments, own)
 
     return run
+
+
+def _numbers_of(plan: Plan, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / T, the slopes' coefficient and the uniforms ``[n, U]`` as the kernel takes them; n is 1: for all rows."""
+    assert plan.divergence is not None
+    n = len(plan.temperature) if plan.by_token else 1
+    values = program.uniform_values(plan.divergence.parameters())
+    numbers = (1.0 / plan.temperature, plan.slope_coefficient, *values)
+    rate, coefficient, *uniforms = (torch.as_tensor(x, dtype=torch.float64).float().expand(n) for x in numbers)
+    table = torch.stack(uniforms, 1) if uniforms else torch.empty(n, 0)
+    return rate.contiguous(), coefficient.contiguous(), table
 
 
 def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:

@@ -68,11 +68,14 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
 }
 
 /* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 3]: D, CE, entropy. scratch: 2 V floats and two a
- * block of 1024, for the caller's thread alone. */
+ * block of 1024, for the caller's thread alone. rate = 1 / T, A and the n_uniform uniforms are one for all rows
+ * (by_token 0) or one a row (1). */
 void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, const float *bias_s, const float *bias_t,
                      float scale_s, float softcap_s, float scale_t, float softcap_t, const int64_t *labels, const float *w,
-                     float inv_T, float A, float B, const float *uniform, float *scratch, float *out, int want_grad) {
+                     const float *rate, const float *As, float B, const float *uniforms, int64_t n_uniform, int64_t by_token,
+                     float *scratch, float *out, int want_grad) {
     for (int64_t i = first; i < last; i++) {
+        const float inv_T = rate[i * by_token], A = As[i * by_token], *uniform = uniforms + i * by_token * n_uniform;
         float *s = zs + i * V, *t = zt + i * V, *o = out + 3 * i;
         transform(s, V, bias_s, scale_s, softcap_s);
         transform(t, V, bias_t, scale_t, softcap_t);

@@ -32,13 +32,15 @@ def divergence_rows(
     step = max(1, SUB_BLOCK_ELEMENTS // (zs.shape[1] if group is None else group.largest))
     for first in range(0, zs.shape[0], step):
         part = slice(first, first + step)
+        own = plan.at((part, None), zs.dtype)  # columns
+        assert own.divergence is not None
         z = _transform(zs[part], bias_s, plan.student_scale, plan.student_softcap)
         y = _transform(zt[part], bias_t, plan.teacher_scale, plan.teacher_softcap)
-        l = _log_softmax(z / plan.temperature, group)
-        r = _log_softmax(y / plan.temperature, group)
-        q, slope = l.exp(), plan.divergence.relative_slope(l, r, *_anchor(l, r, group))
+        l = _log_softmax(z / own.temperature, group)
+        r = _log_softmax(y / own.temperature, group)
+        q, slope = l.exp(), own.divergence.relative_slope(l, r, *_anchor(l, r, group))
         sums = torch.zeros(z.shape[0], 5, dtype=z.dtype, device=z.device)
-        sums[:, 0] = plan.divergence.value(l, r).sum(-1)
+        sums[:, 0] = own.divergence.value(l, r).sum(-1)
         sums[:, 2] = -weighted(q, l).sum(-1)
         sums[:, 3] = slope.sum(-1)
         sums[:, 4] = q.sum(-1)
@@ -51,11 +53,10 @@ def divergence_rows(
         out[part] = sums[:, :3]
         if not want_grad:
             continue
-        if plan.slope_coefficient == 0:  # an infinite slope without weight is nothing
-            gradient = torch.zeros_like(q)
-        else:
-            # Not q sums to one but q / sum q: a rounded normaliser moves a whole row, and would its gradient.
-            gradient = (slope - q * (sums[:, 3:4] / sums[:, 4:])) * plan.slope_coefficient
+        # Not q sums to one but q / sum q: a rounded normaliser moves a whole row, and would its gradient. An infinite
+        # slope without weight is nothing.
+        coefficient = own.slope_coefficient if plan.by_token else torch.tensor(own.slope_coefficient).to(z)
+        gradient = weighted(coefficient, slope - q * (sums[:, 3:4] / sums[:, 4:]))
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))

@@ -24,7 +24,7 @@ from pocl_kernels.triton_backend.chunks import Chunks, allocated, on_device, sca
 from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.projection import Grads, Projection
 from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
-from pocl_kernels.triton_backend.terms import slope_sum, term_of
+from pocl_kernels.triton_backend.terms import function_of, slope_sum
 
 
 def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
@@ -34,7 +34,6 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """
     V, dtype = inputs.vocab_size, inputs.dtype
     labels, row_scale, device = inputs.labels, inputs.row_scale, inputs.student_hidden.device
-    task = steps.divergence_task(plan)
     assert inputs.teacher_hidden is not None
     assert inputs.teacher_weight is not None
     with on_device(inputs.student_hidden):
@@ -46,6 +45,8 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
         )
         group = VocabularyGroup(plan.process_group, V, device) if plan.process_group else None
         chunks = Chunks(labels, row_scale, plan.ignore_index)
+        plan = plan.at(chunks.index)
+        task = steps.divergence_task(plan, dtype)
         if group is not None and chunks.labels is not None:
             low.check_labels(chunks.labels, V, group)
         scale = chunks.gather(row_scale)
@@ -109,7 +110,7 @@ def _fast(
             (tile,) = steps.tiles(student, teacher, student.V)
             gradient = student.gradient_tile(tile.student)
             labels = None if chunks.labels is None else chunks.labels[part]
-            _rows(tile, gradient, labels, weights[part], task, plan, results[part])
+            _rows(tile, gradient, labels, weights[part], task.at(part), plan.at(part), results[part])
             if gradient is not None:
                 student.accumulate(tile.columns, gradient)
                 student.store(rows)
@@ -151,12 +152,11 @@ def _divergence(
 ) -> None:
     assert task.divergence is not None
     n, V = tile.student.shape
-    term = term_of(task.divergence)
     divergence_rows.divergence_rows[(n,)](
         tile.student, tile.teacher, gradient, tile.bias_s, tile.bias_t, labels, row_scale, results, V,
         tile.student.stride(0) // ROW_ALIGNMENT, *task.transforms, task.slope_coefficient, task.ce_weight,
-        term.uniforms, term=term.function, SLOPE_SUM=slope_sum(task.divergence), BLOCK=divergence_rows.BLOCK,
-        **launch.on(tile.student.device),
+        task.uniforms, term=function_of(type(task.divergence)), SLOPE_SUM=slope_sum(task.divergence),
+        BLOCK=divergence_rows.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 
 

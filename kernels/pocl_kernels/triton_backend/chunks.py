@@ -40,6 +40,11 @@ class Chunks:
             part = slice(first, min(first + size, among.stop))
             yield (part if self._index is None else self._index[part]), part
 
+    @property
+    def index(self) -> Rows:
+        """Where the rows that count lie among all."""
+        return slice(None) if self._index is None else self._index
+
     def gather(self, full: Tensor, dim: int = 0) -> Tensor:
         """The rows that count of a tensor that has all."""
         return full if self._index is None else full.index_select(dim, self._index)
@@ -53,14 +58,14 @@ class Chunks:
         return compact.new_zeros(shape).index_copy_(dim, self._index, compact)
 
 
-def scaled_weights(student: Projection, row_scale: Tensor, coefficient: float) -> Tensor:
+def scaled_weights(student: Projection, row_scale: Tensor, coefficient: Any) -> Tensor:
     """``row_scale`` as the kernels take it: times the power of two that suits a float16 gradient tile.
 
     ``coefficient`` is about the largest entry of a gradient for a weight of 1. Waits for the device if the tile is
     float16.
     """
     if student.gradient_dtype == torch.float16 and any(student.wanted) and row_scale.numel():
-        student.scale_tile(coefficient * float(row_scale.abs().max()))
+        student.scale_tile(float((coefficient * row_scale.abs()).max()))
     return (row_scale * student.tile_scale).to(student.dtype).contiguous()
 
 

@@ -25,6 +25,7 @@ from pocl_kernels.triton_backend.device import (
     load_logit,
     load_logits,
     log_probabilities,
+    of_row,
     projection_gradient,
     rounded,
 )
@@ -62,6 +63,8 @@ def divergence_rows(
     student += row * stride16 * 16
     teacher += row * stride16 * 16
     w = tl.load(row_scale + row).to(tl.float32)
+    inv_T = of_row(inv_T, row)
+    slope_coefficient = of_row(slope_coefficient, row)
 
     # Pass 1: normalisers.
     m_s = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -109,7 +112,7 @@ def divergence_rows(
         zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
         l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
         r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
-        value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)
+        value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms, row)
         D += tl.where(inside, value, 0.0)
         H -= tl.where(q == 0.0, 0.0, q * l)
         if SLOPE_SUM is None:
@@ -133,7 +136,7 @@ def divergence_rows(
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
             r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
-            slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)[1]
+            slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms, row)[1]
             q_1 = exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
                 zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s

@@ -42,7 +42,9 @@ def forward(
     states = results.new_zeros(st.STATES, chunks.count)
     anchored = _anchored(task)
     one_pass = task.divergence is not None and task.divergence.kl_weights is not None
+    whole = task
     for rows, part in chunks.of(height):
+        task = whole.at(part)
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
         sums = st.empty_sums(part.stop - part.start, student.dtype, results.device)
@@ -79,7 +81,9 @@ def backward(
     """Gradients of ``sum row_scale * loss``."""
     height, width = _shape(student, teacher, chunks, workspace_mb, group)
     weights = scaled_weights(student, row_scale, task.largest)
+    whole = task
     for rows, part in chunks.of(height):
+        task = whole.at(part)
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
         state = states[:, part].contiguous()
@@ -101,8 +105,10 @@ def at_once(
     """Results of the valid rows ``[3, n]`` and the gradients, from logits that are made once."""
     weights = scaled_weights(student, row_scale, task.largest)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
+    whole = task
     size = _agreed(_whole_rows(student, teacher, chunks.count, workspace_mb), group, results.device)
     for rows, part in chunks.of(size):
+        task = whole.at(part)
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
         (tile,) = steps.tiles(student, teacher, student.V)

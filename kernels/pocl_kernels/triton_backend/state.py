@@ -20,13 +20,15 @@ maxima by T d_s and T d_t, the sums move to the new shift in the same form, with
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import STATE_ROWS
-from pocl_kernels.scalar import phi_series
+from pocl_kernels.scalar import phi_series, weighted
 
 # Rows of the sums, [SUMS, n]; constexprs, so that the kernels may name them.
 MAX_S = tl.constexpr(0)
@@ -59,7 +61,7 @@ def empty_sums(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return sums
 
 
-def raise_maxima(sums: Tensor, maxima: Tensor, rate: float) -> None:
+def raise_maxima(sums: Tensor, maxima: Tensor, rate: Any) -> None:
     """Shift the sums, in place, to higher maxima ``[2, n]`` of both models' logits. ``rate`` is 1 / T."""
     old = sums[: SUM_S.value]
     raised = torch.where(old == -torch.inf, 0.0, maxima - old)
@@ -91,7 +93,7 @@ def ratio_terms(a: Tensor, b: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     return rest, f, r
 
 
-def over_processes(sums: Tensor, group: VocabularyGroup, rate: float) -> None:
+def over_processes(sums: Tensor, group: VocabularyGroup, rate: Any) -> None:
     """From the sums over this process's share of the vocabulary, in place, those over all of it."""
     maxima = group.maximum(sums[: SUM_S.value].clone())
     own = torch.where(sums[MAX_S.value] == maxima[MAX_S.value], sums[TOP.value], -torch.inf)
@@ -118,7 +120,7 @@ def entropy(sums: Tensor) -> Tensor:
     return sums[SUM_S.value].log() - sums[SUM_U.value] / sums[SUM_S.value]
 
 
-def anchor(state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def anchor(state: Tensor, rate: Any) -> tuple[Tensor, Tensor]:
     """l and r of the student's most probable token, to which slopes are relative; the kernels' twin is in
     ``device.py``.
     """
@@ -126,7 +128,7 @@ def anchor(state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     return l0, (state[TOP_T.value] - state[MAX_T.value]) * rate - state[SUM_T.value].log()
 
 
-def weighted_kl(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def weighted_kl(sums: Tensor, weights: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     """``D = a KL(p, q) + b KL(q, p)`` of each row and the sum of the slopes ``b q (l - r) - a p``, ``b KL(q, p) - a``;
     both in double precision, for what is still to be taken from them.
     """
@@ -137,16 +139,20 @@ def weighted_kl(sums: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Ten
         return eps - torch.log1p(eps)
 
     # A part without weight must not enter: 0 * inf is not 0.
-    forward = a * (F / S_t - excess(E / S_t)) if a else torch.zeros_like(F)
-    reverse = b * (R / S_s - excess(-E / S_s)) if b else torch.zeros_like(F)
+    forward = _times(a, F / S_t - excess(E / S_t))
+    reverse = _times(b, R / S_s - excess(-E / S_s))
     return forward + reverse, reverse - a
 
 
-def slope_at_anchor(state: Tensor, rate: float, weights: tuple[float, float]) -> Tensor:
+def slope_at_anchor(state: Tensor, rate: Any, weights: tuple[Any, Any]) -> Tensor:
     """``b (l - r) - a p / q`` of the anchor, in double precision: what relative slopes of a weighted KL have less than
     those above, for each unit of q.
     """
     a, b = weights
     largest_t, S_s, S_t, top_t = (state[i.value].double() for i in (MAX_T, SUM_S, SUM_T, TOP_T))
     d = (largest_t - top_t) * rate - (S_s / S_t).log()
-    return (b * d if b else torch.zeros_like(d)) - (a * (-d).exp() if a else torch.zeros_like(d))
+    return _times(b, d) - _times(a, (-d).exp())
+
+
+def _times(weight: Any, x: Tensor) -> Tensor:
+    return weighted(torch.as_tensor(weight).to(x), x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from pocl_kernels.scalar import weighted
 from pocl_kernels.triton_backend import launch, tile_gradient, tile_statistics, tile_values, tiles_eager
 from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.projection import Projection
-from pocl_kernels.triton_backend.terms import term_of
+from pocl_kernels.triton_backend.terms import function_of, term_of
 
 NO_GRADIENTS = Gradients(False, False, False)
 
@@ -26,7 +26,7 @@ class Transforms(NamedTuple):
     softcap_s: float | None
     scale_t: float
     softcap_t: float | None
-    rate: float  # 1 / T
+    rate: Any  # 1 / T: a number, or [n] of one a row
 
 
 class Task(NamedTuple):
@@ -34,13 +34,29 @@ class Task(NamedTuple):
 
     transforms: Transforms
     divergence: Divergence | None
-    slope_coefficient: float
+    slope_coefficient: Any  # a number, or [n] of one a row
     ce_weight: float
+    uniforms: tuple[Any, ...] = ()  # of the divergence, as its term takes them
 
     @property
-    def largest(self) -> float:
+    def largest(self) -> Any:
         """About the largest entry that the projection's gradient may have, for a row's weight of 1."""
-        return max(abs(self.slope_coefficient), self.ce_weight) * abs(self.transforms.scale_s)
+        A = self.slope_coefficient
+        size = A.abs().clamp_min(self.ce_weight) if isinstance(A, Tensor) else max(abs(A), self.ce_weight)
+        return size * abs(self.transforms.scale_s)
+
+    def at(self, part: slice) -> Task:
+        """The task of some rows. Copies: where their numbers lie must not decide what is compiled."""
+        rate = self.transforms.rate
+        if not isinstance(rate, Tensor) or self.divergence is None:
+            return self
+        parameters = [x[part] for x in self.divergence.parameters()]
+        return self._replace(
+            transforms=self.transforms._replace(rate=rate[part].clone()),
+            divergence=self.divergence.from_parameters(parameters),
+            slope_coefficient=self.slope_coefficient[part].clone(),
+            uniforms=tuple(x[part].clone() if isinstance(x, Tensor) else x for x in self.uniforms),
+        )
 
 
 class Tile(NamedTuple):
@@ -53,16 +69,23 @@ class Tile(NamedTuple):
     bias_t: Tensor | None
 
 
-def divergence_task(plan: Plan) -> Task:
-    """The task of ``linear_divergence``."""
+def divergence_task(plan: Plan, dtype: torch.dtype = torch.float32) -> Task:
+    """The task of ``linear_divergence``, for the rows that the plan is of."""
+    assert plan.divergence is not None
+
+    def number(x: Any) -> Any:
+        return x.to(dtype).contiguous() if isinstance(x, Tensor) and x.dim() else float(x)
+
     transforms = Transforms(
         float(plan.student_scale),
         plan.student_softcap,
         float(plan.teacher_scale),
         plan.teacher_softcap,
-        1.0 / plan.temperature,
+        number(1.0 / plan.temperature),
     )
-    return Task(transforms, plan.divergence, float(plan.slope_coefficient), float(plan.ce_weight))
+    uniforms = term_of(plan.divergence).uniforms
+    plan = plan.at(slice(None), dtype)
+    return Task(transforms, plan.divergence, number(plan.slope_coefficient), float(plan.ce_weight), uniforms)
 
 
 def cross_entropy_task(scale: float, softcap: float | None) -> Task:
@@ -108,10 +131,11 @@ def values(tile: Tile, state: Tensor, task: Task, sums: Tensor) -> None:
         assert zt is not None
         tiles_eager.values(zs, zt, state, task.divergence, task.transforms.rate, sums)
         return
-    term, n = term_of(task.divergence), sums.shape[1]
+    n = sums.shape[1]
     tile_values.tile_values[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, state, sums, *_shape(tile), n, *task.transforms,
-        term.uniforms, term=term.function, BLOCK=tile_values.BLOCK, **launch.on(tile.student.device),
+        task.uniforms,
+        term=function_of(type(task.divergence)), BLOCK=tile_values.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -123,19 +147,19 @@ def gradient(
     if state.dtype == torch.float64:
         zs, zt = _transformed(tile, task)
         g = torch.zeros_like(zs)
-        if task.divergence is not None and zt is not None and task.slope_coefficient != 0:
+        if task.divergence is not None and zt is not None:
             slopes = tiles_eager.slopes(zs, zt, state, task.divergence, task.transforms.rate)
-            g += task.slope_coefficient * slopes
+            g += weighted(torch.as_tensor(task.slope_coefficient).to(g).reshape(-1, 1), slopes)
         if labels is not None:
             g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state)
         if task.transforms.softcap_s is not None:
             g *= 1.0 - (zs / task.transforms.softcap_s) ** 2
         out.copy_(weighted(row_scale[:, None], g * task.transforms.scale_s))
         return
-    function, uniforms = (None, ()) if task.divergence is None else term_of(task.divergence)
+    function = None if task.divergence is None else function_of(type(task.divergence))
     tile_gradient.tile_gradient[(n,)](
         tile.student, tile.teacher, out, tile.bias_s, tile.bias_t, labels, row_scale, state, *_shape(tile), n, first,
-        *task.transforms, task.slope_coefficient, task.ce_weight, uniforms,
+        *task.transforms, task.slope_coefficient, task.ce_weight, task.uniforms,
         term=function, BLOCK=tile_gradient.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 

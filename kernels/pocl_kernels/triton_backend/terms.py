@@ -1,9 +1,10 @@
 """Prints a divergence's definition as a Triton function, so that no kernel here knows a divergence.
 
-The kernels call ``term(l, r, q, p, d, l0, r0, d0, uniforms) -> (value, slope)``, d = l - r; the slope is relative to
-the anchor, whose l and r are l0 and r0 (``device.py``). Whatever depends on the run-time parameters alone (``log(1 -
+The kernels call ``term(l, r, q, p, d, l0, r0, d0, uniforms, row) -> (value, slope)``, d = l - r; the slope is relative
+to the anchor, whose l and r are l0 and r0 (``device.py``). Whatever depends on the run-time parameters alone (``log(1 -
 skew)`` and the like) is computed on the host in double precision and passed as the tuple ``uniforms``: a schedule that
-changes a parameter at every step never compiles anew. Two divergences with the same code share one function.
+changes a parameter at every step never compiles anew. A uniform is a number, or a pointer to one a row. Two divergences
+with the same code share one function.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.scalar import GIVEN, Program, name_of, trace
-from pocl_kernels.triton_backend.device import exp
+from pocl_kernels.triton_backend.device import exp, of_row
 
 TRITON_SYNTAX = {
     "const": "{0}",
@@ -39,20 +41,36 @@ TRITON_SYNTAX = {
 class Term(NamedTuple):
     """A divergence as the kernels take it: the compiled-in function and this call's numbers for it."""
 
-    function: Any  # @triton.jit: (l, r, q, p, d, l0, r0, d0, uniforms) -> (value, slope)
-    uniforms: tuple[float, ...]
+    function: Any  # @triton.jit: (l, r, q, p, d, l0, r0, d0, uniforms, row) -> (value, slope)
+    uniforms: tuple[Any, ...]  # numbers, or float32 [n] of one a row
 
 
 def term_of(divergence: Divergence) -> Term:
     """The Triton function of a divergence, made once for each distinct code, and its run-time numbers."""
-    return _term(type(divergence), tuple(divergence.parameters()))
+    parameters = divergence.parameters()
+    if any(isinstance(x, Tensor) for x in parameters):
+        values = program_of(type(divergence)).uniform_values(parameters)
+        return Term(function_of(type(divergence)), tuple(as_kernel_number(x) for x in values))
+    return _term(type(divergence), tuple(parameters))
+
+
+@functools.cache
+def function_of(kind: type[Divergence]) -> Any:
+    """The Triton function of a class."""
+    return _function(source(program_of(kind)))
+
+
+def as_kernel_number(x: Any) -> Any:
+    """A Python number, or float32 of one a row."""
+    return x.float().contiguous() if isinstance(x, Tensor) and x.dim() else float(x)
 
 
 def slope_sum(divergence: Divergence) -> float | None:
     """``sum slope`` where it is the same for all rows, else None: -a for D = a KL(p, q), whose slope is -a p."""
-    weights = divergence.kl_weights
-    known = weights is not None and weights[1] == 0.0 and not program_of(type(divergence)).anchored
-    return -weights[0] if known and weights is not None else None
+    if program_of(type(divergence)).anchored or divergence.kl_weights is None:
+        return None
+    a, b = divergence.kl_weights
+    return -a if b == 0.0 else None
 
 
 @functools.lru_cache(maxsize=256)  # every launch asks
@@ -74,11 +92,11 @@ def source(program: Program) -> str:
     )
     # A condition on the parameters travels as 0 or 1.
     unpack = [
-        f"{name_of(node)} = uniforms[{i}]" + (" != 0.0" if node.op in ("lt", "eq") else "")
+        f"{name_of(node)} = of_row(uniforms[{i}], row)" + (" != 0.0" if node.op in ("lt", "eq") else "")
         for i, node in enumerate(program.uniforms)
     ]
     lines = "\n".join(f"    {line}" for line in (*unpack, *row, *body))
-    return f"@triton.jit\ndef term(l, r, q, p, d, l0, r0, d0, uniforms):\n{lines}\n    return value, slope\n"
+    return f"@triton.jit\ndef term(l, r, q, p, d, l0, r0, d0, uniforms, row):\n{lines}\n    return value, slope\n"
 
 
 @functools.cache
@@ -87,6 +105,6 @@ def _function(text: str) -> Any:
     # file.
     name = f"<pocl divergence {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "exp": exp, "__name__": __name__}
+    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "exp": exp, "of_row": of_row, "__name__": __name__}
     exec(compile(text, name, "exec"), namespace)
     return namespace["term"]

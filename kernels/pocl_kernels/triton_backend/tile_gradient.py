@@ -16,6 +16,7 @@ from pocl_kernels.triton_backend.device import (
     jacobian,
     load_logits,
     log_probabilities,
+    of_row,
     projection_gradient,
     rounded,
 )
@@ -59,6 +60,8 @@ def tile_gradient(
     state += row
     step = n.to(tl.int64)
     w = tl.load(row_scale + row).to(tl.float32)
+    inv_T = of_row(inv_T, row)
+    slope_coefficient = of_row(slope_coefficient, row)
     max_s = tl.load(state + MAX_S * step)
     S_1 = tl.load(state + SUM_1 * step)
     label = -1
@@ -89,7 +92,7 @@ def tile_gradient(
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
             r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
-            slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)[1]
+            slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms, row)[1]
             q_1 = exp(zs - max_s) * (1.0 / S_1) if labels is not None else None
             g = projection_gradient(
                 zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms
+from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, of_row, ratio_terms
 from pocl_kernels.triton_backend.state import (
     LABEL,
     MAX_S,
@@ -74,6 +74,7 @@ def tile_statistics(
     student += row * stride16 * 16
     sums += row
     step = n.to(tl.int64)
+    inv_T = of_row(inv_T, row)
     if labels is not None:
         label = tl.load(labels + row).to(tl.int32) - first
         if (label >= 0) & (label < V):

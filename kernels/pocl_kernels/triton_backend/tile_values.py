@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities
+from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities, of_row
 from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE, SUM_S, SUM_T, TOP_T, VALUE
 
 BLOCK = 2048
@@ -45,6 +45,7 @@ def tile_values(
     state += row
     sums += row
     step = n.to(tl.int64)
+    inv_T = of_row(inv_T, row)
     max_s = tl.load(state + MAX_S * step)
     max_t = tl.load(state + MAX_T * step)
     S_s = tl.load(state + SUM_S * step)
@@ -61,7 +62,7 @@ def tile_values(
         zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
         l, q = log_probabilities(zs, max_s, S_s, log_s, inv_T)
         r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
-        value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms)
+        value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms, row)
         D += tl.where(cols < V, value, 0.0)
         C += tl.where(cols < V, slope, 0.0)
     tl.store(sums + VALUE * step, tl.load(sums + VALUE * step) + tl.sum(D, 0))

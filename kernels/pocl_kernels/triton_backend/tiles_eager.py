@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | Non
 
 
 def statistics(
-    zs: Tensor, zt: Tensor | None, labels: Tensor | None, first: int, rate: float, kl: bool, sums: Tensor
+    zs: Tensor, zt: Tensor | None, labels: Tensor | None, first: int, rate: Any, kl: bool, sums: Tensor
 ) -> None:
     """``tile_statistics.py`` on transformed logits ``[n, width]``; ``rate`` is 1 / T."""
     if labels is not None:
@@ -50,14 +52,15 @@ def statistics(
     maxima = torch.stack([zs.amax(1), sums[MAX_T.value] if zt is None else zt.amax(1)])
     raise_maxima(sums, torch.maximum(maxima, sums[: SUM_S.value]), rate)
     zs = _below(zs, sums[MAX_S.value])
-    u = zs * rate
+    column = _column(rate)
+    u = zs * column
     b = u.exp()
     sums[SUM_U.value] += weighted(b, u).sum(1)
     sums[SUM_S.value] += b.sum(1)
     sums[SUM_1.value] += zs.exp().sum(1)
     if zt is None:
         return
-    v = _below(zt, sums[MAX_T.value]) * rate
+    v = _below(zt, sums[MAX_T.value]) * column
     a = v.exp()
     sums[SUM_T.value] += a.sum(1)
     if kl:
@@ -65,17 +68,18 @@ def statistics(
             sums[row.value] += term.sum(1)
 
 
-def values(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: float, sums: Tensor) -> None:
+def values(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: Any, sums: Tensor) -> None:
     """``tile_values.py`` on transformed logits."""
     l, r = _log_probabilities(zs, zt, state, rate)
+    divergence = _columns(divergence)
     sums[VALUE.value] += divergence.value(l, r).sum(1)
     sums[SLOPE.value] += divergence.relative_slope(l, r, *_anchor(state, rate)).sum(1)
 
 
-def slopes(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: float) -> Tensor:
+def slopes(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: Any) -> Tensor:
     """``slope - q c`` of each entry."""
     l, r = _log_probabilities(zs, zt, state, rate)
-    return divergence.relative_slope(l, r, *_anchor(state, rate)) - l.exp() * state[SLOPE_SUM.value][:, None]
+    return _columns(divergence).relative_slope(l, r, *_anchor(state, rate)) - l.exp() * state[SLOPE_SUM.value][:, None]
 
 
 def cross_entropy_gradient(zs: Tensor, labels: Tensor, first: int, state: Tensor) -> Tensor:
@@ -84,15 +88,23 @@ def cross_entropy_gradient(zs: Tensor, labels: Tensor, first: int, state: Tensor
     return g - (torch.arange(first, first + zs.shape[1], device=zs.device) == labels[:, None]).to(g.dtype)
 
 
-def _log_probabilities(zs: Tensor, zt: Tensor, state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    l = (zs - state[MAX_S.value][:, None]) * rate - state[SUM_S.value].log()[:, None]
-    r = (zt - state[MAX_T.value][:, None]) * rate - state[SUM_T.value].log()[:, None]
+def _log_probabilities(zs: Tensor, zt: Tensor, state: Tensor, rate: Any) -> tuple[Tensor, Tensor]:
+    l = (zs - state[MAX_S.value][:, None]) * _column(rate) - state[SUM_S.value].log()[:, None]
+    r = (zt - state[MAX_T.value][:, None]) * _column(rate) - state[SUM_T.value].log()[:, None]
     return l, r
 
 
-def _anchor(state: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+def _anchor(state: Tensor, rate: Any) -> tuple[Tensor, Tensor]:
     l0, r0 = anchor(state, rate)
     return l0[:, None], r0[:, None]
+
+
+def _column(x: Any) -> Any:
+    return x[:, None] if isinstance(x, Tensor) and x.dim() else x
+
+
+def _columns(divergence: Divergence) -> Divergence:
+    return divergence.from_parameters([_column(x) for x in divergence.parameters()])
 
 
 def _below(z: Tensor, maximum: Tensor) -> Tensor:
