@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pocl.embedded import EMBEDDED, evenly_spaced, shortened, teacher_folder
-from pocl.pipeline.made import folder_of
+from pocl.pipeline.made import folder_of, recipe_of
 from pocl.recipe import Recipe
 from pocl.recipe.sections import StudentSection, TeacherSection
 
@@ -43,6 +43,9 @@ def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    other = recipe_of(recipe.student.model if student else recipe.teacher.model)
+    if other is not None:
+        return num_parameters(other, student=True)  # whether it is made or not
     section: TeacherSection | StudentSection = recipe.teacher
     if student and recipe.student.model:
         section = recipe.student
