@@ -16,6 +16,10 @@ BENCH_SETUP := $(if $(SETUP),$(BENCH_STAMP))
 WORKERS ?= 2
 ARGS ?=
 
+# What GPU images hold today, in an environment of its own. Triton 3.6's interpreter wants an older NumPy.
+COMPAT := .venv-compat
+COMPAT_PACKAGES := 'torch==2.11.0' 'numpy<2.4' 'pytest>=8.3' 'hypothesis>=6.120'
+
 # A CUDA build of torch brings the triton it was built with. A CPU build brings none, and takes this one.
 TRITON := 3.9.0
 
@@ -28,7 +32,7 @@ FRESH := yes
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format docs bench bench-report mutations aot test-gpu bench-gpu clean
+.PHONY: help setup quickstart test check format docs bench bench-report mutations aot test-gpu bench-gpu gpu-day compat clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,11 +89,22 @@ aot: $(SETUP)  ## compile the GPU kernels for every target, no GPU needed, and c
 	PYTHONPATH=kernels $(PY) -m pocl_kernels.triton_backend.aot $(ARGS)
 
 test-gpu: $(SETUP)  ## run the tests that need a GPU
-	$(PY) -m pytest -m gpu $(ARGS)
+	PYTHONPATH=kernels:. $(PY) -m pytest tests/gpu -m gpu $(ARGS)
+
+compat: $(COMPAT)/.installed  ## run the kernels' tests with the oldest torch and triton of GPU images (5 GB, not in CI)
+	PYTHONPATH=kernels:. $(COMPAT)/bin/python -m pytest -W ignore::DeprecationWarning tests/kernels/triton $(ARGS)
+
+$(COMPAT)/.installed: Makefile
+	$(PYTHON) -m venv --clear $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPAT_PACKAGES)
+	@touch $@
+
+gpu-day: $(SETUP)  ## the first ten minutes on a GPU, as one page; ARGS=--rehearse without a GPU
+	PYTHONPATH=kernels:. PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m benchmarks.gpu_day $(ARGS)
 
 bench-gpu: $(BENCH_SETUP)  ## run the benchmarks that need a GPU
-	$(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m gpu $(ARGS)
+	PYTHONPATH=kernels:. $(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m gpu $(ARGS)
 
 clean:  ## remove the environment and all caches; runs stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(COMPAT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -157,6 +157,10 @@ MUTATIONS = (
              "inputs:masked_on_both_sides and eager-fast"),
     Mutation("slope over T squared", "plan.py", "self.divergence_factor / self.temperature",
              "self.divergence_factor / self.temperature**2", EAGER),
+    Mutation("a library that others can write is loaded", "cpu/compiler.py", "stat.S_IWGRP | stat.S_IWOTH", "0",
+             "compiler:others_can_write"),
+    Mutation("a library of somebody else's is loaded", "cpu/compiler.py", "status.st_uid != os.geteuid()", "False",
+             "compiler:somebody_else"),
     Mutation("one library for every source", "cpu/compiler.py", '"\\0".join((text, ', '"\\0".join((',
              "compiler:another_source"),
     # The oracle itself

@@ -24,6 +24,8 @@ NEAR = KERNELS + "one_pass and near"
 PADDING = KERNELS + "never_reads_the_padding and fkl"
 HALF = LOSSES + "16_bit_models_lose and fast and bfloat16 and unrelated"
 
+GROUPS = "triton/interpreted_groups:chunks_and_groups"
+
 DEVICE, ROWS = "triton_backend/device.py", "triton_backend/divergence_rows.py"
 STATISTICS, VALUES = "triton_backend/tile_statistics.py", "triton_backend/tile_values.py"
 STATE, PROJECTION = "triton_backend/state.py", "triton_backend/projection.py"
@@ -59,6 +61,17 @@ MUTATIONS = (
     Mutation("c of the reverse KL", STATE, "(reverse - a)", "(reverse + a)", LOSSES + "every_divergence and fkl-low"),
     Mutation("only the last chunk's gradient", PROJECTION, "add=self._products_of_weight > 0", "add=False", FAST),
     Mutation("only the last tile's gradient", PROJECTION, "add=part.start > 0", "add=False", LOW),
+    Mutation("tiles of a group over each other", PROJECTION, "self._kept_rows += gradient.shape[0]", "pass", GROUPS),
+    Mutation("a group's gradient instead of the sum", PROJECTION, "self._products_of_weight += 1", "pass", GROUPS),
+    Mutation("weight's gradient without the upstream one", "triton_backend/later.py",
+             "torch.mul(product, upstream, out=result[part])", "result[part] = product",
+             "triton/interpreted_groups:upstream"),
+    Mutation("padding of the weight's gradient left as it was", "triton_backend/later.py", "result[V:].zero_()",
+             "result[V:].fill_(1.0)", "triton/interpreted_groups:second_backward"),
+    Mutation("float16 tile overflows", DEVICE, "tl.minimum(tl.maximum(g, -65504.0), 65504.0)", "g",
+             "triton/interpreted_groups:masked_teacher"),
+    Mutation("exponential to the base two", DEVICE, "tl.exp2(x * 1.4426950408889634)", "tl.exp2(x)", FAST),
+    Mutation("a block left out on the way back", ROWS, "tl.cdiv(width, BLOCK) - 1", "width // BLOCK - 1", FAST),
     Mutation("scale of the hidden states kept", PROJECTION, "alpha /= 2.0**HIDDEN_EXPONENT", "pass", HALF),
     Mutation("float16 tile not scaled", PROJECTION, "2.0 ** (TILE_EXPONENT - math.frexp(largest)[1])", "1.0",
              LOSSES + "size_of_the_weights and fast and 1e-09"),

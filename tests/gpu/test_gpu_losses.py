@@ -11,7 +11,9 @@ import torch
 
 import pocl_kernels
 from pocl_kernels import Head
+from pocl_kernels.plan import Gradients
 from pocl_kernels.triton_backend import gemm
+from pocl_kernels.triton_backend.layout import demand, fast_layout
 from tests.kernels.cases import NAMES, Case, Solution, assert_close, make_case, oracle, pytorch, solve
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +53,8 @@ def _exact_products() -> Any:
 def test_float32_against_float64(name: str, memory: str) -> None:
     case = make_case(64, 50257, bias=True, softcap=12.0)
     call = dict(divergence=name, temperature=2.0, ce_weight=0.3)
-    assert_close(run(case, memory, **call), oracle(case, **call), 2e-6)
+    # The loss is one sequential float32 sum of 50,257 terms in each lane's own order.
+    assert_close(run(case, memory, **call), oracle(case, **call), 6e-6)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -61,7 +64,7 @@ def test_bfloat16_near_the_teacher(name: str, memory: str) -> None:
     truth = oracle(case, divergence=name)
     errors = run(case, memory, divergence=name).errors(truth)
     plain = pytorch(case, dtype=torch.float32, divergence=name).errors(truth)
-    assert errors["loss"] <= max(1.2 * plain["loss"], 1e-6)
+    assert errors["loss"] <= max(1.2 * plain["loss"], 2e-6)
     for gradient in ("hidden", "weight"):
         assert errors[gradient] <= 1.2 * plain[gradient]
 
@@ -77,8 +80,7 @@ def test_results_repeat_to_the_bit(memory: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_of_16_bit_factors_accumulate_in_float32(dtype: torch.dtype) -> None:
-    if not gemm.takes_16_bit(torch.device("cuda", 0), dtype):
-        pytest.skip("this library multiplies no 16-bit factors into a float32 result: factors are upcast")
+    assert gemm.takes_16_bit(torch.device("cuda", 0), dtype), "every 16-bit model is multiplied in float32"
     a, b = (torch.randn(96, 96, dtype=dtype, device="cuda") for _ in range(2))
     out = torch.full((96, 128), float("nan"), device="cuda")[:, :96]
     gemm.multiply(a, b, out)
@@ -111,12 +113,15 @@ def test_scratch_stays_within_the_workspace(rows: int, memory: str, workspace_mb
 
 
 def test_rows_beyond_2_to_the_31_entries() -> None:
-    rows, vocab = 16512, 131072  # 2^31 + 2^24 entries: 8.7 GB for each model
+    rows, vocab = 8192, 262400  # 2^31 + 2^21 entries in one chunk: 8.6 GB for each model
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of free GPU memory")
     hidden, weight = (torch.randn(n, 8, device="cuda") for n in (rows, vocab))
     labels = torch.randint(vocab, (rows,), device="cuda")
     call = dict(labels=labels, divergence="jsd", memory="fast")
+    f32, wanted = torch.float32, (Gradients(True, False, False), Gradients(False, False, False))
+    demands = [demand(8, vocab, f32, f32, (f32, f32), w, False) for w in wanted]
+    assert fast_layout(rows, demands, 25000 * MIB, later=True).chunk * vocab > 2**31
     hidden.requires_grad_()
     whole = pocl_kernels.fused_linear_divergence(
         hidden, weight, hidden.detach() + 1, weight, workspace_mb=25000, **call
@@ -126,7 +131,23 @@ def test_rows_beyond_2_to_the_31_entries() -> None:
     assert torch.allclose(*(torch.autograd.grad(x.loss, hidden)[0] for x in (whole, parts)), rtol=1e-4, atol=1e-9)
 
 
-def test_captured_by_torch_compile() -> None:
+@pytest.mark.parametrize("hidden", [1536, 2304])
+def test_one_row_against_a_head_in_several_slices(hidden: int) -> None:
+    case = make_case(1, 32003, hidden=(hidden, hidden), dtype=torch.bfloat16)
+    case = case.replace(labels=case.labels.clamp_min(0))
+    truth = oracle(case)
+    errors = run(case, "fast", workspace_mb=48.0).errors(truth)
+    plain = pytorch(case, dtype=torch.float32, divergence="fkl").errors(truth)
+    assert all(errors[gradient] <= 1.2 * plain[gradient] for gradient in ("hidden", "weight"))
+
+
+def test_a_workspace_larger_than_the_card_serves_with_a_warning() -> None:
+    case = make_case(64, 4099, dtype=torch.bfloat16)
+    run(case, "fast", workspace_mb=1e7)  # a bound, and these rows need little of it
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_captured_by_torch_compile(mode: str) -> None:
     case = on_gpu(make_case(48, 4099))
     leaves = [case.student_hidden.clone().requires_grad_(), case.student_head.weight.clone().requires_grad_()]
 
@@ -136,7 +157,7 @@ def test_captured_by_torch_compile() -> None:
         ).loss
 
     plain = torch.autograd.grad(loss(*leaves), leaves)
-    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, mode=mode)(*leaves), leaves)
     for a, b in zip(compiled, plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
 

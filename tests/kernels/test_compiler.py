@@ -82,6 +82,36 @@ def test_the_cache_is_the_users_alone(with_compiler: Path) -> None:
     assert stat.S_IMODE(os.stat(with_compiler).st_mode) == 0o700
 
 
+@pytest.mark.parametrize("what", ["folder", "library"])
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_what_others_can_write_is_refused_and_the_eager_rows_serve(with_compiler: Path, what: str, mode: int) -> None:
+    assert compiler.load(SOURCE, "answer") is not None
+    (library,) = with_compiler.iterdir()
+    os.chmod(with_compiler if what == "folder" else library, mode)
+    compiler.load.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"(?s)eager path serves.*mode {mode:o}.*chmod go-w.*POCL_CACHE"):
+        assert compiler.load(SOURCE, "answer") is None
+
+
+@pytest.mark.parametrize("what", ["folder", "library"])
+def test_what_belongs_to_somebody_else_is_refused(
+    with_compiler: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compiler.load(SOURCE, "answer") is not None
+    (library,) = with_compiler.iterdir()
+    theirs = with_compiler if what == "folder" else library
+    compiler.load.cache_clear()
+    real = Path.stat
+
+    def status(path: Path, **options: Any) -> os.stat_result:
+        found = real(path, **options)
+        return os.stat_result((*found[:4], found.st_uid + 1, *found[5:])) if path == theirs else found
+
+    monkeypatch.setattr(Path, "stat", status)
+    with pytest.warns(RuntimeWarning, match="(?s)eager path serves.*belongs to user"):
+        assert compiler.load(SOURCE, "answer") is None
+
+
 @pytest.mark.parametrize("value", ["none", "no-such-compiler"])
 def test_without_a_compiler_the_eager_rows_serve(cache: Path, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCL_CPU_COMPILER", value)
@@ -128,7 +158,7 @@ def test_a_broken_compiler_is_a_warning_and_no_error(
     broken.chmod(0o755)
     monkeypatch.setenv("POCL_CPU_COMPILER", str(broken))
     case = make_case(12, 67, bias=True)
-    with pytest.warns(RuntimeWarning, match="could not compile.*eager path.*POCL_CPU_COMPILER=none"):
+    with pytest.warns(RuntimeWarning, match="could not compile or load.*eager path.*POCL_CPU_COMPILER=none"):
         result = solve(pocl_kernels.fused_linear_divergence, case)
     assert_close(result, oracle(case), 2e-6)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocl_kernels import parallel
 from pocl_kernels.cpu import compiler, memory
+from pocl_kernels.divergences import Divergence
 from pocl_kernels.eager import rows as eager
 from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
 from pocl_kernels.scalar import Program, trace
@@ -177,10 +178,23 @@ def evened(rows: int, most: int) -> int:
 # --- Row kernels: compiled where that is possible ---------------------------------------------------------------------
 
 
+@cache
+def _source(kind: type[Divergence]) -> str:
+    """The C source of a class; the fields' values play no part in it."""
+    return compiler.divergence_source(trace(object.__new__(kind)))
+
+
+@cache
+def _program(kind: type[Divergence]) -> tuple[Program, str]:
+    """The traced definition of a class and its C source; the fields' values play no part in them."""
+    program = trace(object.__new__(kind))
+    return program, compiler.divergence_source(program)
+
+
 def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
     assert plan.divergence is not None
-    program = trace(plan.divergence)
-    function = compiler.load(compiler.divergence_source(program), "divergence_rows") if dtype == torch.float32 else None
+    program, source = _program(type(plan.divergence))
+    function = compiler.load(source, "divergence_rows") if dtype == torch.float32 else None
     if function is None:
         return eager.divergence_rows
     native = function

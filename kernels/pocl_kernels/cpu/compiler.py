@@ -1,9 +1,9 @@
 """Compiles the row kernels with the machine's C compiler, once, and loads them.
 
-The sources are this package's own files plus the code printed from a divergence's definition. A shared library is kept
-in a folder that only the user can write (``$POCL_CACHE``, default ``~/.cache/pocl/kernels``), named by the hash of
-everything that shaped it. Without a compiler, or with ``POCL_CPU_COMPILER=none``, :func:`load` returns None and the
-eager path serves.
+The sources are this package's own files plus the code printed from a divergence's definition. A shared library is
+kept in a folder that only the user can write (``$POCL_CACHE``, default ``~/.cache/pocl/kernels``), named by the hash
+of everything that shaped it; a folder or a library that somebody else owns or can write is refused. Without a
+compiler, or with ``POCL_CPU_COMPILER=none``, :func:`load` returns None and the eager path serves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -97,11 +98,12 @@ def load(source: str, function: str) -> Callable[..., None] | None:
         library = cache_folder() / f"{function}-{key}.so"
         if not library.exists():
             _compile(command, text, library)
+        _refuse_what_others_can_write(library)
         result = getattr(ctypes.CDLL(str(library)), function)
     except (subprocess.SubprocessError, OSError) as error:  # no working compiler, no space, no right to run from here
         detail = getattr(error, "stderr", "") or str(error)
         warnings.warn(
-            f"{' '.join(command)} could not compile the CPU kernels, so the slower eager path serves "
+            f"{' '.join(command)} could not compile or load the CPU kernels, so the slower eager path serves "
             f"(POCL_CPU_COMPILER=none silences this): {detail[-500:]}",
             RuntimeWarning,
             stacklevel=2,
@@ -117,7 +119,26 @@ def cache_folder() -> Path:
     folder = Path(root) if root else Path.home() / ".cache" / "pocl"
     folder = folder / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _refuse_what_others_can_write(folder)
     return folder
+
+
+def _refuse_what_others_can_write(path: Path) -> None:
+    """A library is code that runs as this user: it and its folder must be the user's own.
+
+    Raises:
+        PermissionError: the path belongs to somebody else, or others than its owner can write to it.
+    """
+    if not hasattr(os, "geteuid"):  # not POSIX: access lists, which the bits do not show
+        return
+    status = path.stat()
+    if status.st_uid != os.geteuid():
+        why = f"belongs to user {status.st_uid}, and this process runs as {os.geteuid()}"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why = f"can be written by others (mode {stat.S_IMODE(status.st_mode):o}); chmod go-w takes that right away"
+    else:
+        return
+    raise PermissionError(f"{path} {why}: no code is loaded from there. Set POCL_CACHE to a folder of your own")
 
 
 def _compile(command: Sequence[str], text: str, library: Path) -> None:

@@ -32,6 +32,8 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, str]]:
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver, raising=False)
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    # Triton 3.6 writes down for the hook what it would compile, and cannot write down a function among the constants.
+    monkeypatch.setattr(triton.runtime.jit, "serialize_specialization_data", lambda *_: "", raising=False)
     return seen
 
 
