@@ -18,6 +18,7 @@ def exp(x):
 @triton.jit
 def of_row(x, row):
     """A number for this row: ``x`` itself, or what it points to, one a row."""
+    x = tl.to_tensor(x)  # the interpreter hands numbers on as they are
     if x.dtype.is_ptr():
         return tl.load(x + row)
     else:
