@@ -158,7 +158,7 @@ def test_the_student_may_have_tokens_that_no_sample_uses(
     make_tiny_folder: Callable[..., Path], tiny_teacher_folder: Path, tmp_path: Path
 ) -> None:
     context = context_with_further_token(make_tiny_folder, tiny_teacher_folder, tmp_path, "w7 w2")
-    prepare_models(context)
+    context.summaries["models"] = prepare_models(context)
     prepare_data(context)
 
 
@@ -166,6 +166,6 @@ def test_a_sample_that_uses_one_is_named(
     make_tiny_folder: Callable[..., Path], tiny_teacher_folder: Path, tmp_path: Path
 ) -> None:
     context = context_with_further_token(make_tiny_folder, tiny_teacher_folder, tmp_path, "w7 <call>")
-    prepare_models(context)
+    context.summaries["models"] = prepare_models(context)
     with pytest.raises(ValueError, match=r"sample 7 has the token '<call>' \(id 1000\)"):
         prepare_data(context)
