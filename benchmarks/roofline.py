@@ -9,6 +9,8 @@ N rows (label tokens) of a micro-batch, V vocabulary, H_s and H_t hidden sizes; 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import torch
 from pocl_kernels.divergences import get_divergence
 from pocl_kernels.plan import Gradients
 from pocl_kernels.triton_backend import divergence_rows, tile_gradient, tile_statistics, tile_values
-from pocl_kernels.triton_backend.layout import MIB, SLICE_BYTES, Demand, demand, fast_layout, tile_shape
+from pocl_kernels.triton_backend.layout import MIB, SLICE_BYTES, Demand, demand, fast_layout, slice_rows, tile_shape
 from pocl_kernels.triton_backend.terms import slope_sum
 
 
@@ -36,9 +38,25 @@ class Machine:
     link_fraction: float = 0.8
     gpus_of_node: int = 8
 
+    multiprocessors: int = 132
+    issued: float = 132 * 4 * 32 * 1.755e9  # instructions of single threads a second
+    issued_fraction: float = 0.9
+    cache: float = 40e6  # of 50 MB, what stays of the rows that are in flight
+    rows_in_flight: int = 2 * 132
+    launch: float = 2e-6  # from the end of a kernel to the next one's start
+
     def seconds(self, work: Work) -> float:
-        rate = self.vector_flops if work.vector else self.matrix_flops * self.matrix_fraction
-        return max(work.flops / rate, work.bytes / (self.memory_bandwidth * self.memory_fraction))
+        rate = self.vector_flops if work.vector else self.matrix_flops * self.matrix_fraction * work.fill
+        memory = work.bytes / (self.memory_bandwidth * self.memory_fraction)
+        return max(work.flops / rate, memory, work.instructions / (self.issued * self.issued_fraction))
+
+    def fill(self, rows: float, columns: float) -> float:
+        """Share of the multiprocessors' time that a product's tiles of 128 x 256 use: the last wave is not full."""
+        waves = math.ceil(rows / 128) * math.ceil(columns / 256) / self.multiprocessors
+        return waves / math.ceil(waves)
+
+    def gaps(self, work: Sequence[Work]) -> float:
+        return self.launch * len(work)
 
     def nvlink_seconds(self, size: float) -> float:
         return size / (self.nvlink * self.link_fraction)
@@ -56,6 +74,14 @@ class Work(NamedTuple):
     flops: float
     bytes: float
     vector: bool = False
+    fill: float = 1.0  # of the multiprocessors, in a product
+    instructions: float = 0.0
+
+
+# An entry of `divergence_rows`, both models and all passes, float32 logits and a float16 gradient: `make aot`, sm_90.
+INSTRUCTIONS = {
+    "fkl": 97, "rkl": 121, "skew_fkl": 186, "skew_rkl": 213, "jsd": 206, "tvd": 126, "jeffreys": 119, "alpha": 213,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,14 +176,15 @@ def tile_of_low(pair: Pair, V: int, rows: int, workspace_mb: float) -> tuple[int
     return tile_shape(rows, demands(pair, V), int(workspace_mb * MIB))
 
 
-def product(rows: float, columns: float, hidden: int, moved: float) -> Work:
+def product(rows: float, columns: float, hidden: int, moved: float, fill: float = 1.0) -> Work:
     """A product of 2 rows columns hidden flops that moves so many bytes."""
-    return Work(2 * rows * columns * hidden, moved)
+    return Work(2 * rows * columns * hidden, moved, fill=fill)
 
 
 def project(rows: float, columns: float, hidden: int) -> Work:
     """16-bit factors, float32 result."""
-    return product(rows, columns, hidden, 2 * columns * hidden + 2 * rows * hidden + 4 * rows * columns)
+    moved = 2 * columns * hidden + 2 * rows * hidden + 4 * rows * columns
+    return product(rows, columns, hidden, moved, H100.fill(rows, columns))
 
 
 def back(rows: float, columns: float, hidden: int, *, first: bool, hidden_once: bool) -> list[Work]:
@@ -175,25 +202,44 @@ def back(rows: float, columns: float, hidden: int, *, first: bool, hidden_once: 
 
 
 def rounding(pair: Pair, V: int, rows: int) -> Work:
-    """In the backward pass: scaling by the upstream gradient in place, and conversion to bf16."""
-    return Work(0, (8 + 6) * (V + rows) * pair.student.hidden, vector=True)
+    """In the backward pass: scaled by the upstream gradient and rounded to bf16 in one kernel."""
+    return Work(0, 6 * (V + rows) * pair.student.hidden, vector=True)
+
+
+def row_kernel(n: int, V: int, divergence: str, machine: Machine = H100) -> Work:
+    """`divergence_rows`. At the turn from a pass to the next, the cache holds a part of the rows in flight."""
+    known = slope_sum(get_divergence(divergence)) is not None
+    cost = divergence_rows.cost(n, V, labels=True, slope_sum_known=known, gradient_bytes=2)
+    found = min(1.0, machine.cache / (min(n, machine.rows_in_flight) * 8 * V)) * (1 if known else 2) * 8 * V * n
+    return Work(cost.flops, cost.bytes - found, True, instructions=INSTRUCTIONS[divergence] * n * V)
 
 
 def fast_loss(pair: Pair, V: int, rows: int, workspace_mb: float, divergence: str = "fkl") -> list[Work]:
-    """`memory="fast"`: 3 S + Te, chunk by chunk."""
-    size = rows_of_chunk(pair, V, rows, workspace_mb)
-    known = slope_sum(get_divergence(divergence)) is not None
-    work: list[Work] = []
-    for first in range(0, rows, size):
-        n = min(size, rows - first)
-        cost = divergence_rows.cost(n, V, labels=True, slope_sum_known=known, gradient_bytes=2)
-        work += [
-            project(n, V, pair.student.hidden),
-            project(n, V, pair.teacher.hidden),
-            Work(cost.flops, cost.bytes, True),
-        ]
-        work += back(n, V, pair.student.hidden, first=first == 0, hidden_once=True)
-    return [*work, rounding(pair, V, rows)]
+    """`memory="fast"`: 3 S + Te, chunk by chunk, the weight's gradient group by group."""
+    H = pair.student.hidden
+    layout = fast_layout(rows, demands(pair, V), int(workspace_mb * MIB), later=True)
+    work = [Work(0, 4 * V * H, vector=True)] if layout.whole_heads else []  # a bf16 head in float16
+    for top in range(0, rows, layout.group):
+        group = min(layout.group, rows - top)
+        for first in range(0, group, layout.chunk):
+            n = min(layout.chunk, group - first)
+            work += [project(n, V, H), project(n, V, pair.teacher.hidden), row_kernel(n, V, divergence)]
+            slices = (
+                1 if layout.whole_heads else -(-V // slice_rows(V, H, 2))
+            )  # each adds to the hidden states' gradient
+            work += [] if layout.whole_heads else [Work(0, 2 * V * H / slices, vector=True)] * slices
+            moved = (2 * n * V + 2 * V * H) / slices + (8 if slices > 1 else 4) * n * H
+            work += [product(n, V / slices, H, moved, H100.fill(n, H))] * slices
+        if layout.group >= rows:  # a slice at a time, rounded from the cache
+            slices = -(-V // slice_rows(V, H, 4))
+            moved = 2 * rows * V / slices + 2 * rows * H
+            work += [product(rows, V / slices, H, moved, H100.fill(V / slices, H))] * slices
+            work += [Work(0, 2 * V * H / slices, vector=True)] * slices
+        else:
+            moved = 2 * group * V + 2 * group * H + (4 if top == 0 else 8) * V * H
+            work += [product(group, V, H, moved, H100.fill(V, H))]
+    rounded = rows if layout.group >= rows else V + rows
+    return [*work, Work(0, 6 * rounded * H, vector=True)]  # times the upstream gradient, in one kernel
 
 
 def low_loss(pair: Pair, V: int, rows: int, workspace_mb: float) -> list[Work]:
@@ -278,7 +324,8 @@ def teacher_exchange(parameters: float, machine: Machine = H100) -> Exchange:
 
 
 def seconds(work: list[Work], machine: Machine = H100) -> float:
-    return sum(map(machine.seconds, work))
+    """With a gap after every kernel. The host's own time is hidden while it is shorter (`bench_host`)."""
+    return sum(map(machine.seconds, work)) + machine.gaps(work)
 
 
 def traffic(work: list[Work]) -> float:

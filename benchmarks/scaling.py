@@ -114,7 +114,7 @@ def assumptions() -> str:
         ],
         [
             "left out",
-            "launches and latencies, data loading, the optimizer's own time, imbalance, caches of the GPU; operations "
+            "the host where the GPU waits for it, data loading, the optimizer's own time, imbalance; operations "
             "do not overlap",
         ],
     ]

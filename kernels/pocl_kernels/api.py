@@ -73,9 +73,9 @@ def fused_linear_divergence(
             gradient does not depend on accumulation, padding or world size.
         memory: "fast" computes gradients in the forward pass, "low" recomputes the logits in the backward pass; "auto"
             is "fast", except for reduction="none", whose upstream gradients are not known in the forward pass, and on
-            GPUs where the workspace holds the gradients of less than 512 rows.
-        workspace_mb: bound on scratch memory in MiB: by default 256, under "low" 96; on a GPU a twentieth of its
-            memory, at most 4096, under "low" an eighth of that.
+            GPUs where the workspace holds the gradients of less than 1024 rows.
+        workspace_mb: bound on scratch memory in MiB: by default 256, under "low" 96; on a GPU a tenth of its
+            memory, at most 8192, under "low" a sixteenth of that.
         backend: "triton" (CUDA, ROCm), "cpu", or "auto" by the tensors' device.
         process_group: the processes that share the vocabulary, each with the same consecutive rows of both heads, in
             rank order; hidden states and labels (global token ids) are the same on all of them. Gradients of hidden

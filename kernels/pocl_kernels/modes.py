@@ -14,8 +14,8 @@ from pocl_kernels.plan import Gradients, compute_dtype
 from pocl_kernels.triton_backend.layout import MIB, demand, factor_dtypes, fast_layout
 
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
-MAX_WORKSPACE_MB = 4096.0  # of the default on a GPU
-MIN_GPU_ROWS = 512
+MAX_WORKSPACE_MB = 8192.0  # of the default on a GPU
+MIN_GPU_ROWS = 1024
 
 
 def memory_mode(reduction: str, memory: str, *, short_chunks: Callable[[], bool]) -> str:
@@ -23,7 +23,7 @@ def memory_mode(reduction: str, memory: str, *, short_chunks: Callable[[], bool]
 
     "low" for gradients of single tokens, which must wait for the upstream gradient. "low" too on a GPU where few rows
     have room: "fast" adds every group's share to the weight's gradient, and at an H100's ratio of arithmetic to memory
-    bandwidth that traffic should outweigh low's second forward pass below about 500 rows (docs/gpu.md). Else "fast".
+    bandwidth that traffic should outweigh low's second forward pass below about 1,000 rows (docs/gpu.md). Else "fast".
     """
     if memory != "auto":
         return memory
@@ -57,11 +57,11 @@ def mode_and_workspace(
 
 
 def default_workspace_mb(memory: str, device: torch.device) -> float:
-    """On a GPU a twentieth of its memory, at most 4 GiB, an eighth of that for "low"; 256 and 96 MiB elsewhere."""
+    """On a GPU a tenth of its memory, at most 8 GiB, a sixteenth of that for "low"; 256 and 96 MiB elsewhere."""
     if device.type != "cuda":
         return DEFAULT_WORKSPACE_MB["low" if memory == "low" else "fast"]
-    fast = min(max(_total_memory(device.index) / 20 / MIB, DEFAULT_WORKSPACE_MB["fast"]), MAX_WORKSPACE_MB)
-    return fast / 8 if memory == "low" else fast
+    fast = min(max(_total_memory(device.index) / 10 / MIB, DEFAULT_WORKSPACE_MB["fast"]), MAX_WORKSPACE_MB)
+    return fast / 16 if memory == "low" else fast
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def test_a_named_mode_is_taken(memory: str) -> None:
 
 def test_the_rule_sees_the_rows_that_a_group_will_have() -> None:
     # Too few of Llama's vocabulary in 256 MiB, which once passed for 261.
-    assert rows_of(8192, 256) < MIN_GPU_ROWS <= rows_of(8192, 512)
+    assert rows_of(8192, 256) < MIN_GPU_ROWS <= rows_of(8192, 1024)
     assert rows_of(8192, 4096) == 8192
     assert rows_of(100, 256) == 100  # all there are
 
@@ -59,9 +59,9 @@ def test_only_a_trained_head_on_a_gpu_makes_auto_low(gpu: bool, trained: bool) -
     assert (mode, workspace) == ("low" if gpu and trained else "fast", 128.0)
 
 
-@pytest.mark.parametrize(("gigabytes", "fast"), [(80, 4096.0), (24, 24 * 1024 / 20), (2, 256.0)])
+@pytest.mark.parametrize(("gigabytes", "fast"), [(80, 8192.0), (24, 24 * 1024 / 10), (2, 256.0)])
 def test_the_default_workspace_suits_the_card(gigabytes: int, fast: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "_total_memory", lambda _: gigabytes * 2**30)
     assert default_workspace_mb("auto", torch.device("cuda", 0)) == fast
-    assert default_workspace_mb("low", torch.device("cuda", 0)) == fast / 8
+    assert default_workspace_mb("low", torch.device("cuda", 0)) == fast / 16
     assert default_workspace_mb("auto", torch.device("cpu")) == 256.0

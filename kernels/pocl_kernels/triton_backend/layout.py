@@ -112,7 +112,7 @@ def demand(
 def fast_layout(rows: int, demands: Sequence[Demand], workspace: int, *, later: bool) -> Layout:
     """Chunks and groups that fit ``workspace`` bytes. ``later``: one group of all rows saves a float32 gradient."""
     heads = sum(d.head for d in demands)
-    whole = 0 < heads <= workspace // 2
+    whole = 0 < heads <= workspace // 4
     free = workspace - (heads if whole else sum(d.fixed for d in demands))
     row = sum(padded(d.V) * d.entry + d.row for d in demands)
     kept = sum(padded(d.V) * d.kept + d.kept_row for d in demands if d.kept)

@@ -79,12 +79,12 @@ def test_all_rows_are_one_group_where_their_tiles_have_room() -> None:
     assert frozen.chunk == frozen.group > less.chunk
 
 
-def test_a_head_is_converted_once_where_half_of_the_workspace_holds_it() -> None:
+def test_a_head_is_converted_once_where_a_quarter_of_the_workspace_holds_it() -> None:
     both = demands(32_000, torch.bfloat16)
     (head,) = (d.head for d in both if d.head)  # the student's, for the gradient; the teacher's stays as it is
     assert head == 32_000 * SIZES[0] * 2
-    assert fast_layout(4096, both, 2 * head, later=True).whole_heads
-    assert not fast_layout(4096, both, 2 * head - 1, later=True).whole_heads
+    assert fast_layout(4096, both, 4 * head, later=True).whole_heads
+    assert not fast_layout(4096, both, 4 * head - 1, later=True).whole_heads
     assert not fast_layout(4096, demands(32_000, torch.float32), 2**33, later=True).whole_heads
 
 
