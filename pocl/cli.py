@@ -236,7 +236,8 @@ def bench(
 
     pocl bench lists the subjects; pocl bench SUBJECT --help shows the options of one.
     """
-    _guarded(lambda console: _run_benchmark(subject, context.args, console), "pocl bench")
+    command = shlex.join(["pocl", *sys.argv[1:]])
+    _guarded(lambda console: _run_benchmark(subject, context.args, console), command, resumes=False)
 
 
 @app.command()
@@ -289,30 +290,34 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _guarded(work: Callable[[Console], None], command: str, folders: Sequence[Path] = ()) -> None:
+def _guarded(
+    work: Callable[[Console], None], command: str, folders: Sequence[Path] = (), *, resumes: bool = True
+) -> None:
     """Run a command's work; what goes wrong is told in words, and its traceback kept in a file.
 
     Args:
         work: gets a console to speak on.
         command: how the user called it.
         folders: the run folder, if there is one; `work` may append it once it is known.
+        resumes: whether the command goes on where it was stopped.
     """
     from rich.console import Console
 
-    from pocl.errors import tell
+    from pocl.errors import exit_code, tell
 
     console = Console(quiet=not _is_first_process())
     try:
         work(console)
     except KeyboardInterrupt:
-        console.print("\n[yellow]Stopped.[/yellow] Nothing is lost; go on with the same command:", highlight=False)
+        kept = "Nothing is lost; go on with the same command:" if resumes else "Nothing is kept of it; to start again:"
+        console.print(f"\n[yellow]Stopped.[/yellow] {kept}", highlight=False)
         console.print(f"  {command}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except typer.Exit:
         raise
     except Exception as error:
         tell(error, command, folders)
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_code(error)) from None
 
 
 def _run_benchmark(subject: str, words: Sequence[str], console: Console) -> None:
@@ -321,11 +326,14 @@ def _run_benchmark(subject: str, words: Sequence[str], console: Console) -> None
     root = Path(__file__).parents[1]
     subjects = {file.stem.removeprefix("bench_"): file.stem for file in sorted(root.glob("benchmarks/bench_*.py"))}
     if not subjects:
-        raise ValueError("the benchmarks are part of the source tree, not of the installed package: clone the project")
+        raise ValueError(
+            "the benchmarks lie in the source tree, and this package was installed without it: clone the project, run "
+            "`make setup` there, and then .venv/bin/pocl bench"
+        )
     if subject not in subjects:
         console.print(f"pocl bench SUBJECT [OPTIONS], with one of: {', '.join(subjects)}", highlight=False)
         if subject not in ("", "--help"):
-            raise ValueError(f"there is no benchmark {subject!r}")
+            raise ValueError(f"there is no benchmark {subject!r}; there are {', '.join(subjects)}")
         return
     sys.path.insert(0, str(root))
     sys.argv = [f"pocl bench {subject}", *words]

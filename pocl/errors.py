@@ -90,6 +90,15 @@ def is_own(error: BaseException) -> bool:
     return isinstance(error, kinds) and _raised_in(error) in (*OWN, "")
 
 
+def exit_code(error: BaseException) -> int:
+    """2 where the user can mend the call, the recipe, data, models, folder or disk; 1 where a run failed.
+
+    A run fails by too little memory, by a loss that is not finite, or by an error that pocl does not know.
+    """
+    of_system = isinstance(error, OSError) and error.errno in (*_BY_ERRNO, errno.ENOENT, errno.EISDIR)
+    return 2 if of_system or (is_own(error) and not isinstance(error, FloatingPointError)) else 1
+
+
 def keep_traceback(error: BaseException, command: str, folder: Path | None) -> Path | None:
     """Write the traceback to a file, and return its path; None where nothing can be written.
 

@@ -176,7 +176,11 @@ class RowMaker:
             self._num_rows += len(rows)
             yield rows
         if not self._num_rows:
-            raise ValueError(f"no sample is left after tokenisation: {self.report()}")
+            wanted = "a prompt and a response; a conversation a turn of the user and one of the assistant"
+            raise ValueError(
+                f"no sample is left after tokenisation: {self.report()}"
+                + ("" if self._corpus else f"; a sample needs {wanted}")
+            )
 
     def report(self) -> DataReport | CorpusReport:
         """What became of the examples, once the batches are there."""

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts true as 1; a recipe does not."""
+        given = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(part, bool) for part in given):
+            annotation = str(cls.model_fields[str(info.field_name)].annotation)
+            if not re.search(r"\bbool\b|\bAny\b|dict", annotation):
+                raise ValueError(f"takes no true and no false, got {value}")
+        return value
 
 
 def _as_arms(value: Any) -> Any:

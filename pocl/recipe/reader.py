@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,16 +31,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, no mapping in it, unknown keys, values out of bounds; all problems in one message.
     """
+    path, overrides = _recipe_first(path, overrides)
     file = recipe_file(path)
     try:
         values = yaml.load(_text_of(file), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
+        tabs = "; YAML takes no tabs: indent with spaces" if "\\t" in str(error) else ""
+        raise RecipeError(f"{file}: not valid YAML: {error}{tabs}") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{file}: expected `key: value` lines, got {type(values).__name__}")
+        got = "nothing: it is empty" if values is None else type(values).__name__
+        raise RecipeError(f"{file}: expected `key: value` lines, got {got}; a recipe names at least a student")
     if (file.parent / MANIFEST).is_file():  # the recipe that a run keeps says nothing of the folder it lies in
         values.setdefault("output", str(file.parent))
     return build_recipe(values, overrides, origin=str(file))
+
+
+def _recipe_first(path: str | Path, overrides: Sequence[str]) -> tuple[str | Path, list[str]]:
+    """The recipe's name, and the settings, where some were written before it: `--seed 3 recipe.yaml`."""
+    words = [str(path), *overrides]
+    if not words[0].startswith("--"):
+        return path, words[1:]
+    at = 0
+    while at < len(words) and words[at].startswith("--"):
+        _full_key(words[at][2:].partition("=")[0].replace("-", "_"))  # an unknown one is told first
+        at += 1 if "=" in words[at] else 2
+    if at >= len(words):
+        raise RecipeError("no recipe is named; write it first: RECIPE --key value")
+    return words[at], [*words[:at], *words[at + 1 :]]
 
 
 class _Loader(yaml.SafeLoader):
@@ -58,17 +75,19 @@ class _Loader(yaml.SafeLoader):
 
 
 def _text_of(file: Path) -> str:
+    content = file.read_bytes()
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        kind = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "LATIN1"
         raise RecipeError(
-            f"{file}: not UTF-8 text (byte {error.start + 1}); convert it: iconv -f LATIN1 -t UTF-8 {file} > new.yaml"
+            f"{file}: not UTF-8 text (byte {error.start + 1}); convert it: iconv -f {kind} -t UTF-8 {file} > new.yaml"
         ) from None
 
 
 def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, origin: str = "recipe") -> Recipe:
     """A recipe from nested values and command-line overrides (see `load_recipe`); `origin` names it in errors."""
-    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    merged = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for key, value in parse_overrides(overrides).items():
         section, _, leaf = key.rpartition(".")
         if not section:
@@ -77,6 +96,8 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, or
         current = merged.get(section)
         if isinstance(current, str) and section in SHORTHAND:
             current = {SHORTHAND[section]: current}
+        if not isinstance(current, Mapping | None):
+            continue  # a section that is none, which is told below
         merged[section] = {**(current or {}), leaf: value}
         if section == "student" and value is not None and leaf in (sources := ("model", "cut", "drop")):
             merged[section] |= {other: None for other in sources if other != leaf}  # they exclude each other
@@ -100,11 +121,17 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or len(word) == 2:
             raise RecipeError(f"unexpected argument {word!r}: settings are given as --key value or --section.key value")
         key, equals, text = word[2:].partition("=")
+        name = _full_key(key.replace("-", "_"))
         if not equals:
-            if not remaining:
+            if not remaining or remaining[0].startswith("--"):
                 raise RecipeError(f"--{key} has no value: write --{key} VALUE")
             text = remaining.pop(0)
-        found[_full_key(key.replace("-", "_"))] = yaml.safe_load(text)
+        try:
+            found[name] = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(
+                f"--{key}: {text!r} is no value: {getattr(error, 'problem', error)}; a list is written '[1, 2]'"
+            ) from None
     return found
 
 
@@ -122,7 +149,10 @@ def recipe_file(path: str | Path) -> Path:
     shipped = {file.stem: file for folder in _shipped_folders() for file in sorted(folder.glob("*.yaml"))}
     if str(path) in shipped:
         return shipped[str(path)]
-    raise RecipeError(f"no recipe at {given}; shipped recipes are: {', '.join(sorted(shipped)) or 'none'}")
+    what = f"{given} is a folder, and not that of a run" if given.is_dir() else f"no recipe at {given}"
+    nearest = difflib.get_close_matches(str(path), shipped, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise RecipeError(f"{what}{hint}; shipped recipes are: {', '.join(sorted(shipped)) or 'none'}")
 
 
 def _shipped_folders() -> list[Path]:
@@ -166,26 +196,52 @@ def _full_key(key: str) -> str:
     raise RecipeError(f"unknown key {key}{_suggestion(key)}")
 
 
+# Options of the commands themselves; a test holds the list against the commands.
+COMMAND_OPTIONS = ("--arms", "--change", "--data", "--dry-run", "--help", "--jobs", "--json", "--models", "--name",
+                   "--plot", "--seeds", "--split")  # fmt: skip
+
+
 def _suggestion(key: str) -> str:
-    """`; did you mean ...?`, by the dotted name first and by the last part of it else."""
-    known = known_keys()
-    by_leaf = {name.rpartition(".")[2]: name for name in known} | {name: name for name in _sections()}
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    nearest = nearest or [
-        by_leaf[n] for n in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1, cutoff=0.5)
-    ]
-    return f"; did you mean {nearest[0]}?" if nearest else "; `pocl distill --help` lists where keys are described"
+    """`; did you mean ...?`, or where to look."""
+    known, section, leaf = known_keys(), *key.rpartition(".")[::2]
+    sections = _sections()
+    if not section:
+        if (option := f"--{key.replace('_', '-')}") in COMMAND_OPTIONS:
+            return f"; this command has no {option}, others have"
+        if nearest := difflib.get_close_matches(option, COMMAND_OPTIONS, n=1, cutoff=0.8):
+            return f"; did you mean {nearest[0]}?"
+        if nearest := difflib.get_close_matches(key, sections, n=1, cutoff=0.75):
+            return f"; did you mean {nearest[0]}?"
+    elif section not in sections and (nearest := difflib.get_close_matches(section, sections, n=1, cutoff=0.75)):
+        return f"; did you mean {_nearest(f'{nearest[0]}.{leaf}', known) or nearest[0]}?"
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    meant = (leaf in by_leaf and by_leaf[leaf]) or _nearest(key, known) or by_leaf.get(_nearest(leaf, by_leaf, 0.6))
+    if meant:
+        return f"; did you mean {meant}?"
+    owner = sections.get(section)
+    there = [name for name in known if name.startswith(f"{section}.")] if owner else list(sections)
+    return f"; known are {', '.join(there)} (`pocl keys` explains them)"
+
+
+def _nearest(name: str, names: Iterable[str], cutoff: float = 0.75) -> str:
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), "")
 
 
 def _problem(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key{_suggestion(where)}"
+    if detail["type"] == "model_type" and where in _sections():
+        there = [name.partition(".")[2] for name in known_keys() if name.startswith(f"{where}.")]
+        return (
+            f"{where}: is a section, got {detail['input']!r}; write `{where}:` and below it any of {', '.join(there)}"
+        )
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if detail["type"] == "value_error":
         return f"{where}: {message}" if where else message
     if detail["type"] == "missing":
-        return f"{where}: required"
+        example = "; name a model, or write `student: {cut: 6}` for six layers of the teacher"
+        return f"{where}: required{example if where == 'student' else ''}"
     return f"{where}: {message}, got {detail['input']!r}"
 
 

@@ -22,31 +22,21 @@ from pydantic import (
     model_validator,
 )
 
-from pocl.interval import Interval
 from pocl.recipe.comparing import CompareSection, Section
+from pocl.recipe.training import Fraction, TrainingSection, as_tuple
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceName = Literal[
     "fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha", "alpha_beta", "mixed_kl"
 ]
 
 
-def _as_tuple(value: Any) -> Any:
-    return (value,) if isinstance(value, (int, float, str)) else value
-
-
-def _as_interval(value: Any) -> Any:
-    Interval.parse(value)
-    return str(value)
-
-
 # One number for all stages, two for the first and the last with even steps between, or one for each stage.
-PositiveSchedule = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+PositiveSchedule = Annotated[tuple[PositiveFloat, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 SkewSchedule = Annotated[
-    tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], BeforeValidator(_as_tuple), Field(min_length=1)
+    tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
 ]
-FractionSchedule = Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+FractionSchedule = Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class TeacherSection(Section):
@@ -209,7 +199,7 @@ class CriterionSection(Section):
 
 
 def _as_criteria(value: Any) -> Any:
-    given = (value,) if isinstance(value, (str, Mapping)) else value
+    given = (value,) if isinstance(value, Mapping) else as_tuple(value)
     return (
         tuple({"measure": v} if isinstance(v, str) else v for v in given) if isinstance(given, (list, tuple)) else value
     )
@@ -267,9 +257,9 @@ class CurriculumSection(Section):
     samples to stages at random; whole has all samples in every stage. All make as many optimizer steps as baby_step."""
     num_stages: PositiveInt = 4
     """Stages, and equal parts that the ranked samples are cut into."""
-    epochs: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (8,)
+    epochs: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (8,)
     """Passes over its samples in each stage; one number, or one for each stage."""
-    max_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | None = None
+    max_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
     """Optimizer steps of each stage, in place of `epochs`; one number, or one for each stage."""
     temperature: PositiveSchedule = (1.0, 2.0)
     """Of both softmaxes; one number, a pair, or one for each stage."""
@@ -337,41 +327,6 @@ class OnPolicySection(Section):
     """Sampled rows that each process keeps to use again within a stage."""
 
 
-class TrainingSection(Section):
-    """The optimisation of warm-up and stages alike."""
-
-    batch_size: PositiveInt = 16
-    """Samples of one process in one forward pass."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Forward passes for one optimizer step."""
-    weight_decay: NonNegativeFloat = 0.01
-    """AdamW's."""
-    adam_beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
-    """AdamW's memory for squared gradients; 0.95 suits runs of a few hundred steps."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Longer gradients are scaled down to this norm."""
-    min_learning_rate_ratio: Fraction = 1e-3
-    """Where the cosine ends, as a fraction of its peak."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Arithmetic of forward and backward; the 16-bit ones need a GPU."""
-    seed: NonNegativeInt | None = None
-    """Of the stages alone: order, draw, shuffled deal, dropout. Empty: that of the recipe."""
-    draw: PositiveInt | None = None
-    """Train in the stages on this many of the training samples, drawn by the seed. Empty: all."""
-    group_by_length: bool = False
-    """Batches of samples of like length: less padding, an order that is less random."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    metric: Literal["rouge_l", "loss", "kl_to_teacher"] = "rouge_l"
-    """What `best` means on the validation samples: the answers' ROUGE-L (the paper), or what is cheaper: the stage's
-    loss, or KL(teacher || student) at temperature 1."""
-    save_every: Annotated[str, BeforeValidator(_as_interval)] = "10min"
-    """A kill costs no more than this: checkpoints every so many optimizer steps (500) or so long (90s, 10min, 2h), and
-    at every epoch's end."""
-    report_to: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
-    """Where transformers also reports what is logged, such as tensorboard or wandb; the run's log is kept anyway."""
-
-
 class TeacherCacheSection(Section):
     """Whether the teacher runs once (its hidden states kept on disk) or at every step."""
 
@@ -390,7 +345,7 @@ class EvaluationSection(Section):
     """Longest answer a model may write."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature of the answers. 0: greedy. The paper samples at 1."""
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (10,)
+    seeds: Annotated[tuple[int, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (10,)
     """Answers are drawn once with each seed and the scores averaged; greedy answers need one."""
     words: WordRule = "auto"
     """What ROUGE-L takes for a word; see `ranking.words`."""

@@ -74,7 +74,7 @@ def test_another_recipe_is_refused_and_redone_from_where_it_differs_on_request(
     copied: Callable[..., Any], tmp_path: Path
 ) -> None:
     result = copied("distill", "--curriculum.kd_ratio", "0.5")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "curriculum.kd_ratio: [0.7, 1.0] in the folder, [0.5] now" in result.stderr
     assert manifest(tmp_path / "run")["training"]["state"] == "finished"
     result = copied("distill", "--curriculum.kd_ratio", "0.5", "--change")
@@ -92,7 +92,7 @@ def test_changed_data_under_the_same_name_is_refused(
         result = copied("distill")
     finally:
         data.write_text(whole)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "the step 'data' of other inputs" in result.stderr
     assert "content.source:" in result.stderr
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
@@ -269,11 +269,11 @@ def test_a_plan_is_possible_where_the_data_cannot_be_reached(recipe: Path) -> No
         (["distill", "RECIPE", "--data.num_test", "44"], "leave none to train on"),
     ],
 )
-def test_mistakes_are_told_in_words_with_exit_code_1(words: list[str], message: str, recipe: Path) -> None:
+def test_mistakes_are_told_in_words_with_exit_code_2(words: list[str], message: str, recipe: Path) -> None:
     damaged = recipe.with_name("damaged.jsonl")
     damaged.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
     result = pocl(*[{"RECIPE": recipe, "DAMAGED": damaged}.get(word, word) for word in words])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
 
@@ -287,7 +287,7 @@ def test_vocabularies_that_differ_are_refused_before_anything_is_trained(
     vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     result = pocl("distill", recipe, "--student.model", other)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "w1" in result.stderr
     assert not (tmp_path / "run" / "warmup").exists()
 

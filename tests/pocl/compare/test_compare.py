@@ -190,7 +190,7 @@ def test_an_arm_that_diverges_is_shown_and_counted(
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_words(recipe: Path, words: list[str], message: str) -> None:
-    assert message in pocl("compare", recipe, *words, code=1)
+    assert message in pocl("compare", recipe, *words, code=2)
 
 
 def test_cells_of_another_recipe_are_refused(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,16 +211,16 @@ def test_cells_of_another_recipe_are_refused(recipe: Path, tmp_path: Path, monke
     assert "cross-entropy is the same in every sample" in said
     assert "KL cannot be told (KL was not measured)" in said
     message = "belongs to another comparison: training.batch_size: 8 in the folder, 4 now"
-    assert message in pocl("compare", recipe, "--batch_size", "4", code=1)
-    assert message in pocl("compare", recipe, "--batch_size", "4", "--dry-run", code=1)
+    assert message in pocl("compare", recipe, "--batch_size", "4", code=2)
+    assert message in pocl("compare", recipe, "--batch_size", "4", "--dry-run", code=2)
     values = yaml.safe_load(recipe.read_text())
     values["compare"] = {"arms": {"plain": {"from": "plain", "curriculum.learning_rate": 0.02}, "pocl": None}}
     recipe.write_text(yaml.safe_dump(values))
-    assert "plain-1.json is the cell of another comparison: curriculum.learning_rate" in pocl("compare", recipe, code=1)
+    assert "plain-1.json is the cell of another comparison: curriculum.learning_rate" in pocl("compare", recipe, code=2)
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("w1", "w2"))
     values["compare"] = {"arms": ["plain", "pocl"]}
     recipe.write_text(yaml.safe_dump(values))
-    assert "the content of a model or of the data" in pocl("compare", recipe, code=1)
+    assert "the content of a model or of the data" in pocl("compare", recipe, code=2)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    assert "is not the folder of a comparison" in pocl("compare", recipe, "--output", tmp_path / "other", code=1)
+    assert "is not the folder of a comparison" in pocl("compare", recipe, "--output", tmp_path / "other", code=2)
