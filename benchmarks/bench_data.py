@@ -1,145 +1,194 @@
-"""Preparing data: how fast rows are read, and how much memory a million of them takes.
+"""Rows to tokens, ranking, memory and second launches at scale, against an earlier commit of this repository.
 
-    python -m benchmarks.bench_data                     # every part
-    python -m benchmarks.bench_data --only reading --rows 200000
+    python -m benchmarks.bench_data --data dolly.jsonl            # everything but the million rows
+    python -m benchmarks.bench_data --data dolly.jsonl --save rows rank launch memory
 
-Rows are made here, of the lengths of Dolly's (some 650 bytes), each with a question of its own.
+`rows`: Dolly-like rows a second to tokens under a chat template; `rank`: a million scores; `launch`: what the second
+launch of a run does before any weight is loaded, with 1 GB of weights; `memory`: the data step over `--count` rows. All
+but the last run side by side with the commit `--against`, each measurement in a process of its own.
 """
 
 import argparse
 import json
-import random
+import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import interleaved, machine, save_results, versions
-
-PARTS = ("reading", "memory")
-WORDS = tuple(
-    f"{stem}{ending}" for stem in ("build", "house", "run", "calm", "river") for ending in ("", "s", "ing", "er")
-)
+ROOT = Path(__file__).parents[1]
+BEFORE = "0f73454"
+PARTS = ("rows", "rank", "launch", "memory")
+MIB = 2**20
 
 
-def write_rows(path: Path, count: int, *, conversations: bool = False) -> Path:
-    """JSON lines of `count` rows like Dolly's, or of conversations of four turns with a tool call."""
-    generator = random.Random(0)
-
-    def words(low: int, high: int) -> str:
-        return " ".join(generator.choices(WORDS, k=generator.randint(low, high)))
-
-    with path.open("w") as file:
-        for index in range(count):
-            row: dict[str, Any] = {
-                "instruction": f"{words(5, 20)} {index}?",
-                "input": words(0, 60),
-                "output": words(5, 100),
-            }
-            if conversations:
-                call = {"function": {"name": "find", "arguments": {f"key {index % 7}": index}}}
-                turns = [
-                    ("user", row["instruction"]),
-                    ("assistant", ""),
-                    ("tool", row["input"]),
-                    ("assistant", row["output"]),
-                ]
-                row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-                row["messages"][1]["tool_calls"] = [call]
-            file.write(json.dumps(row | {"category": "made"}) + "\n")
-    return path
+def dolly_like(data: Path, count: int) -> list[dict[str, str]]:
+    """The rows of a file again and again, their questions told apart by a number."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    return [rows[i % len(rows)] | {"instruction": f"{rows[i % len(rows)]['instruction']} {i}"} for i in range(count)]
 
 
-def with_datasets(path: Path) -> Any:
-    """A table of prompts and answers by the JSON loader of `datasets` and `Dataset.map`, without this library."""
-    import datasets
-
-    def example(row: dict[str, Any], index: int) -> dict[str, Any]:
-        if "messages" in row:
-            *turns, answer = row["messages"]
-            return {"id": index, "prompt": "\n\n".join(t["content"] for t in turns), "response": answer["content"]}
-        prompt = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-        return {"id": index, "prompt": prompt, "response": row["output"]}
-
-    with tempfile.TemporaryDirectory() as cache:
-        raw = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-        return raw.map(example, with_indices=True, remove_columns=raw.column_names, load_from_cache_file=False)
+# ------------------------------------------------------------------------------- what a process of its own measures
 
 
-def bench_reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    from pocl.data import load_examples
+def rows_a_second(data: str, count: str) -> dict[str, float]:
+    from transformers import AutoTokenizer
 
-    found: dict[str, Any] = {"rows": arguments.rows, "versions": versions("datasets", "pyarrow")}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, conversations in (("Dolly-like rows", False), ("conversations with a tool call", True)):
-            path = write_rows(Path(folder) / "rows.jsonl", arguments.rows, conversations=conversations)
-            functions: dict[str, Callable[[], Any]] = {
-                "datasets": lambda path=path: with_datasets(path),
-                "pocl": lambda path=path: load_examples(path),
-            }
-            times = interleaved(functions, arguments.runs)
-            print(f"\nReading {arguments.rows:,} {name}, {path.stat().st_size / 1e6:.0f} MB of JSON lines")
-            for side, timing in times.items():
-                rate = arguments.rows / timing.median
-                print(f"  {side:10} {timing.median:8.2f} s (± {timing.spread:4.0%})  {rate:10,.0f} rows/s")
-            found[name] = {side: timing.samples for side, timing in times.items()}
+    from pocl.data import load_examples, tokenize
+    from pocl.embedded import teacher_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
+    examples = load_examples(dolly_like(Path(data), int(count)))
+    started = time.perf_counter()
+    made, _ = tokenize(examples, tokenizer, template="chat", max_length=512, progress=False)
+    return {"rows_per_second": len(made) / (time.perf_counter() - started)}
+
+
+def seconds_to_rank(count: str) -> dict[str, float]:
+    import numpy as np
+    import pyarrow as pa
+    from datasets import Dataset
+
+    from pocl.difficulty import rank
+
+    draw, number = np.random.default_rng(0), int(count)
+    columns = {"cross_entropy": draw.gamma(2.0, 1.0, number), "rouge_l": np.round(draw.random(number), 2)}
+    scores = Dataset(pa.table({"sample_id": np.arange(number)} | columns))
+    started = time.perf_counter()
+    rank(scores)
+    return {"seconds": time.perf_counter() - started}
+
+
+def seconds_to_know_weights(folder: str) -> dict[str, float]:
+    from pocl.pipeline.context import source_fingerprint
+
+    started = time.perf_counter()
+    source_fingerprint(folder)
+    return {"seconds": time.perf_counter() - started}
+
+
+def peak_of_the_data_step(data: str, output: str) -> dict[str, float]:
+    from pocl.embedded import teacher_folder
+    from pocl.pipeline import run
+    from pocl.recipe import build_recipe
+
+    values = {"output": output, "student": str(teacher_folder()), "data": {"source": data}}
+    started = time.perf_counter()
+    run(build_recipe(values), until="data")
+    seconds = time.perf_counter() - started
+    peaks = {
+        name: resource.getrusage(who).ru_maxrss / 1024
+        for name, who in (("peak_mib", resource.RUSAGE_SELF), ("peak_mib_of_a_worker", resource.RUSAGE_CHILDREN))
+    }
+    return {"seconds": seconds, **peaks}
+
+
+CHILDREN = {
+    function.__name__: function
+    for function in (rows_a_second, seconds_to_rank, seconds_to_know_weights, peak_of_the_data_step)
+}
+
+# --------------------------------------------------------------------------------------------------- the parent
+
+
+def measured(tree: Path, function: Any, *words: Any, **environment: str) -> dict[str, float]:
+    """What a function of this file returns in a process that imports pocl from `tree`."""
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "kernels")))}
+    command = [sys.executable, str(Path(__file__)), "--child", function.__name__, *map(str, words)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | paths | environment)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def bench_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own: its peak, imports included."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_rows(Path(folder) / "rows.jsonl", arguments.memory_rows)
-        command = [sys.executable, "-m", "benchmarks.bench_data", "--prepare", str(path)]
-        found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(
-        f"\nReading {arguments.memory_rows:,} rows, holding prompts out, keeping the whole rows as Parquet: "
-        f"{found['seconds']:.1f} s, peak of the process {found['peak_bytes'] / 1e9:.2f} GB "
-        f"({found['import_bytes'] / 1e9:.2f} GB before the first row)"
-    )
-    return found | {"rows": arguments.memory_rows}
+def earlier_tree(commit: str, folder: Path) -> Path:
+    """The source of a commit."""
+    archive = subprocess.run(["git", "archive", commit, "pocl", "kernels"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
 
 
-def prepare(path: str) -> dict[str, Any]:
-    """Reads and splits a source as a run does, up to the tokens."""
-    import resource
+def side_by_side(trees: dict[str, Path], runs: int, function: Any, *words: Any, **environment: str) -> dict[str, Any]:
+    """All runs of every tree, one of each in turn."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+    for _ in range(runs):
+        for name, tree in trees.items():
+            found[name].append(measured(tree, function, *words, **environment))
+    return {name: {key: [one[key] for one in many] for key in many[0]} for name, many in found.items()}
 
-    from pocl.data.whole_rows import write_whole_rows
-    from pocl.pipeline.prepare import read_source, split_examples
-    from pocl.recipe import build_recipe
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def write_weights(file: Path, size: int) -> None:
+    """A file of random bytes, older than any time stamp that could be mistaken for the present."""
+    file.parent.mkdir(parents=True)
+    with file.open("wb") as stream:
+        for _ in range(size // MIB):
+            stream.write(os.urandom(MIB))
+    time.sleep(3)
 
-    recipe = build_recipe({"student": {"cut": 2}, "data": {"source": path}})
-    source = read_source(recipe)
-    before, start = peak(), time.perf_counter()
-    parts = split_examples(recipe, source)
-    with tempfile.TemporaryDirectory() as folder:
-        write_whole_rows(source, parts["train"]["id"][:], Path(folder) / "rows.parquet")
-    return {"seconds": time.perf_counter() - start, "peak_bytes": peak(), "import_bytes": before}
+
+def launches(trees: dict[str, Path], runs: int, size: int, scratch: Path) -> dict[str, Any]:
+    """Seconds of the first and of later launches with `size` bytes of weights."""
+    write_weights(scratch / "model" / "model.safetensors", size)
+    cache = {"POCL_CACHE": str(scratch / "cache")}
+    first = side_by_side(trees, 1, seconds_to_know_weights, scratch / "model", **cache)
+    later = side_by_side(trees, runs, seconds_to_know_weights, scratch / "model", **cache)
+    return {name: {"first": first[name]["seconds"], "second": later[name]["seconds"]} for name in trees}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--memory-rows", type=int, default=1_000_000)
-    parser.add_argument("--runs", type=int, default=3, help="runs of each side, in turn")
-    parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
-    parser.add_argument("--save", action="store_true", help="file each part's result under benchmarks/results")
-    parser.add_argument("--prepare", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.prepare:
-        print(json.dumps(prepare(arguments.prepare)))
+    parser.add_argument("parts", nargs="*", default=["rows", "rank", "launch"], help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--data", type=Path, help="rows of `instruction`, `context`, `response` (JSON lines)")
+    parser.add_argument("--against", default=BEFORE, help=f"a commit to compare with (default: {BEFORE})")
+    parser.add_argument("--runs", type=int, default=3, help="processes for each figure (default: 3)")
+    parser.add_argument(
+        "--count", type=int, default=1_000_000, help="scores, and rows of `memory` (default: a million)"
+    )
+    parser.add_argument("--rows", type=int, default=12_000, help="rows of `rows` (default: 12,000)")
+    parser.add_argument("--weights-mb", type=int, default=1024, help="weights of `launch` (default: 1,024 MiB)")
+    parser.add_argument("--save", action="store_true", help="file the results under benchmarks/results")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        name, *words = options.child
+        print(json.dumps(CHILDREN[name](*words)))
         return
-    print(machine())
-    for part in arguments.only or PARTS:
-        result = globals()[f"bench_{part}"](arguments)
-        if arguments.save:
-            print(f"  filed in {save_results('data', {part: result})}")
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown parts {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if options.data is None and {"rows", "memory"} & set(options.parts):
+        parser.error("rows and memory need --data FILE")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "before").mkdir()
+        trees = {"now": ROOT, "before": earlier_tree(options.against, Path(scratch, "before"))}
+        if "rows" in options.parts:
+            words = (options.data.absolute(), options.rows)
+            results["rows"] = {"count": options.rows} | side_by_side(trees, options.runs, rows_a_second, *words)
+        if "rank" in options.parts:
+            found = side_by_side(trees, options.runs, seconds_to_rank, options.count)
+            results["rank"] = {"count": options.count} | found
+        if "launch" in options.parts:
+            found = launches(trees, options.runs, options.weights_mb * MIB, Path(scratch, "launch"))
+            results["launch"] = {"mib": options.weights_mb} | found
+        if "memory" in options.parts:
+            file = Path(scratch, "rows.jsonl")
+            with file.open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in dolly_like(options.data, options.count))
+            found = measured(ROOT, peak_of_the_data_step, file, Path(scratch, "run"))
+            results["memory"] = {"count": options.count, "now": found}
+    for part, values in results.items():
+        print(part, {name: value for name, value in values.items() if not isinstance(value, dict)})
+        for name in trees.keys() & values.keys():
+            for key, figures in values[name].items():
+                many = figures if isinstance(figures, list) else [figures]
+                print(f"  {name:8}{key:24}{statistics.median(many):12.2f}  ({min(many):.2f} to {max(many):.2f})")
+    if options.save:
+        from benchmarks.measure import save_results
+
+        print(save_results("data", results))
 
 
 if __name__ == "__main__":
