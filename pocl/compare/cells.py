@@ -191,7 +191,8 @@ def start_mark(shared: Path, recipe: Recipe) -> str:
     from pocl.digests import content_fingerprint
 
     source = Path(Context(recipe, shared, None).warm_student_source())  # type: ignore[arg-type]
-    return content_fingerprint(source) if source.is_dir() else str(source)
+    weights = sorted(source.glob("*.safetensors"))  # a card or a tokenizer file may change with a library's version
+    return fingerprint([content_fingerprint(file) for file in weights]) if weights else str(source)
 
 
 def machine() -> dict[str, Any]:
