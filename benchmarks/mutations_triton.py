@@ -28,6 +28,7 @@ GROUPS = "triton/interpreted_groups:chunks_and_groups"
 
 DEVICE, ROWS = "triton_backend/device.py", "triton_backend/divergence_rows.py"
 STATISTICS, VALUES = "triton_backend/tile_statistics.py", "triton_backend/tile_values.py"
+SHARP, OWN_NUMBERS = "triton/interpreted_sharp:digits and ", "triton/interpreted_sharp:own_numbers and "
 STATE, PROJECTION = "triton_backend/state.py", "triton_backend/projection.py"
 
 MUTATIONS = (
@@ -41,9 +42,10 @@ MUTATIONS = (
              NEAR),
     Mutation("0 x inf where one model masks", DEVICE, "f = tl.where(a == 0.0, b, ", "f = tl.where(a < 0.0, b, ",
              KERNELS + "zero_times_infinity"),
-    Mutation("wrong normaliser for the teacher", ROWS, "(zt - max_t) * inv_T - log_t", "(zt - max_t) * inv_T - log_s",
+    Mutation("wrong normaliser for the teacher", ROWS, "(zt, max_t, S_t, log_t, inv_T)",
+             "(zt, max_t, S_s, log_s, inv_T)",
              FAST),
-    Mutation("teacher not tempered", ROWS, "(zt - max_t) * inv_T - log_t", "(zt - max_t) - log_t", FAST),
+    Mutation("teacher not tempered", ROWS, "(zt, max_t, S_t, log_t, inv_T)", "(zt, max_t, S_t, log_t, 1.0)", FAST),
     Mutation("entropy's sign", ROWS, "H -= tl.where", "H += tl.where", FAST),
     Mutation("cross-entropy tempered", ROWS, "S_1 = add_exp(m_s, S_1, zs, 1.0)", "S_1 = add_exp(m_s, S_1, zs, inv_T)",
              FAST),
@@ -58,7 +60,8 @@ MUTATIONS = (
              "new - old", KL),
     Mutation("only the last tile's value", VALUES, "tl.load(sums + VALUE * step) + tl.sum(D, 0)", "tl.sum(D, 0)", LOW),
     Mutation("second order of the KL dropped", STATE, "F / S_t - excess(E / S_t)", "F / S_t", KL),
-    Mutation("c of the reverse KL", STATE, "(reverse - a)", "(reverse + a)", LOSSES + "every_divergence and fkl-low"),
+    Mutation("c of the reverse KL", STATE, "reverse, reverse - a\n",
+             "reverse, reverse + a\n", LOSSES + "every_divergence and fkl-low"),
     Mutation("only the last chunk's gradient", PROJECTION, "add=self._products_of_weight > 0", "add=False", FAST),
     Mutation("only the last tile's gradient", PROJECTION, "add=part.start > 0", "add=False", LOW),
     Mutation("tiles of a group over each other", PROJECTION, "self._kept_rows += gradient.shape[0]", "pass", GROUPS),
@@ -76,8 +79,17 @@ MUTATIONS = (
     Mutation("float16 tile not scaled", PROJECTION, "2.0 ** (TILE_EXPONENT - math.frexp(largest)[1])", "1.0",
              LOSSES + "size_of_the_weights and fast and 1e-09"),
     Mutation("float16 tile for all models", PROJECTION, "torch.float16 if half else dtype", "torch.float16", FAST),
-    Mutation("one uniform for all", "triton_backend/terms.py", "= uniforms[{i}]", "= uniforms[0]",
+    Mutation("one uniform for all", "triton_backend/terms.py", "of_row(uniforms[{i}]", "of_row(uniforms[0]",
              LOSSES + "every_divergence and skew_fkl-fast"),
+    Mutation("no anchor in the rows", ROWS, "z_t = tl.where(zs > m_s, zt, z_t)", "z_t = tl.maximum(z_t, 0.0 * zt)",
+             SHARP + "fast"),
+    Mutation("no anchor in the tiles", STATISTICS, "top_t = tl.where(raw_s > top_s, zt, top_t)",
+             "top_t = tl.maximum(top_t, 0.0 * zt)", SHARP + "low"),
+    Mutation("the anchor's slope not taken off the sum", STATE, "return _times(b, d) -", "return 0.0 * d -",
+             LOSSES + "every_divergence and rkl-low"),
+    Mutation("one temperature for all tokens", DEVICE, "tl.load(x + row)", "tl.load(x)", OWN_NUMBERS + "fast"),
+    Mutation("other rows' numbers", "triton_backend/steps.py", "rate=rate[part].clone()", "rate=rate.flip(0)",
+             OWN_NUMBERS + "low"),
     Mutation("rows without weight count", "plan.py", "counts = row_scale != 0", "counts = row_scale == row_scale",
              LOSSES + "weight_zero and fast"),
     Mutation("rows without weight count where nothing is labelled", DEVICE, "tl.where(w == 0.0, 0.0, w * jacobian",

@@ -434,3 +434,20 @@ def test_fields_may_have_any_name(engine: Any) -> None:
 def test_the_module_offers_what_its_text_names() -> None:
     for name in re.findall(r":func:`(\w+)`", scalar.__doc__ or ""):
         assert callable(getattr(scalar, name))
+
+
+def test_another_slope_is_not_taken_for_its_bases_difference_of_slopes() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Doubled(pocl_kernels.Alpha):
+        def value(self, l: Value, r: Value) -> Value:
+            return 2.0 * super().value(l, r)
+
+        def slope(self, l: Value, r: Value) -> Value:
+            return 2.0 * super().slope(l, r)
+
+    case = make_case(6, 67)
+    once, twice = (
+        solve(pocl_kernels.fused_linear_divergence, case, divergence=d) for d in (pocl_kernels.Alpha(), Doubled())
+    )
+    assert once.hidden is not None
+    torch.testing.assert_close(twice.hidden, 2 * once.hidden)

@@ -4,10 +4,12 @@ At T = 0.7 and logits of deviation 5 one token has nearly all of a row. ``slope 
 large numbers at that token, and slopes written for nearby models cancel far from them. Errors are pooled over seeds.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
+import torch
 
 from pocl_kernels import JSD, Alpha, Divergence, SkewForwardKL, SkewReverseKL
 from tests.kernels.cases import NAMES, make_case, oracle, pytorch, solve
@@ -35,6 +37,19 @@ def test_sharp_distributions_cost_no_more_than_in_plain_pytorch(
         error, allowed = (math.sqrt(sum(e[gradient] ** 2 for e in errors) / 2) for errors in (ours, plain))
         # The products of both have errors of their own, which are as large but not the same.
         assert error <= max(FLOOR, 1.1 * allowed), (gradient, error, allowed)
+
+
+def test_the_anchor_is_found_in_any_block(engine: Any) -> None:
+    # The student's most probable token lies beyond the first of the blocks in which the C kernel sums.
+    case = make_case(8, 2503, spread=1.0)
+    head = case.student_head
+    bias = torch.zeros(2503)
+    bias[2400] = 16.0
+    case = case.replace(student_head=dataclasses.replace(head, bias=bias))
+    call = dict(divergence="tvd")
+    truth = oracle(case, **call)
+    errors = solve(engine, case, **call).errors(truth)
+    assert errors["hidden"] <= 5e-6
 
 
 @pytest.mark.parametrize("divergence", ["skew_fkl", "alpha", "tvd"])

@@ -156,6 +156,7 @@ def source(variant: Variant) -> ASTSource:
         "term": term and term.function,
         "SLOPE_SUM": divergence and slope_sum(divergence),
         "KL": divergence is not None and divergence.kl_weights is not None,
+        "BY_TOKEN": False,
         "TOP_TOO": divergence is not None and slope_sum(divergence) is None,
         "BLOCK": module.BLOCK,
     }

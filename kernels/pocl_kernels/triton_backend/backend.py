@@ -24,7 +24,7 @@ from pocl_kernels.triton_backend.chunks import Chunks, allocated, on_device, sca
 from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.projection import Grads, Projection
 from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
-from pocl_kernels.triton_backend.terms import function_of, slope_sum
+from pocl_kernels.triton_backend.terms import slope_sum
 
 
 def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
@@ -155,7 +155,7 @@ def _divergence(
     divergence_rows.divergence_rows[(n,)](
         tile.student, tile.teacher, gradient, tile.bias_s, tile.bias_t, labels, row_scale, results, V,
         tile.student.stride(0) // ROW_ALIGNMENT, *task.transforms, task.slope_coefficient, task.ce_weight,
-        task.uniforms, term=function_of(type(task.divergence)), SLOPE_SUM=slope_sum(task.divergence),
+        task.uniforms, term=task.term, SLOPE_SUM=slope_sum(task.divergence), BY_TOKEN=task.by_token,
         BLOCK=divergence_rows.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip
 

@@ -16,16 +16,6 @@ def exp(x):
 
 
 @triton.jit
-def of_row(x, row):
-    """A number for this row: ``x`` itself, or what it points to, one a row."""
-    x = tl.to_tensor(x)  # the interpreter hands numbers on as they are
-    if x.dtype.is_ptr():
-        return tl.load(x + row)
-    else:
-        return x
-
-
-@triton.jit
 def tanh(x):
     """Polynomial near 0 (Cephes), by an exponential elsewhere; about 2 ulp."""
     a = tl.abs(x)

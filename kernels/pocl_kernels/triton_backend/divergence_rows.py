@@ -25,7 +25,6 @@ from pocl_kernels.triton_backend.device import (
     load_logit,
     load_logits,
     log_probabilities,
-    of_row,
     projection_gradient,
     rounded,
 )
@@ -57,14 +56,16 @@ def divergence_rows(
     term: tl.constexpr,
     SLOPE_SUM: tl.constexpr,  # None: not known beforehand
     BLOCK: tl.constexpr,
+    BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
 ):
     row = tl.program_id(0).to(tl.int64)
     width = stride16 * 16
     student += row * stride16 * 16
     teacher += row * stride16 * 16
     w = tl.load(row_scale + row).to(tl.float32)
-    inv_T = of_row(inv_T, row)
-    slope_coefficient = of_row(slope_coefficient, row)
+    if BY_TOKEN:
+        inv_T = tl.load(inv_T + row)
+        slope_coefficient = tl.load(slope_coefficient + row)
 
     # Pass 1: normalisers.
     m_s = tl.full([BLOCK], -float("inf"), tl.float32)

@@ -45,6 +45,16 @@ class Task(NamedTuple):
         size = A.abs().clamp_min(self.ce_weight) if isinstance(A, Tensor) else max(abs(A), self.ce_weight)
         return size * abs(self.transforms.scale_s)
 
+    @property
+    def by_token(self) -> bool:
+        """Whether the rows have numbers of their own."""
+        return isinstance(self.transforms.rate, Tensor)
+
+    @property
+    def term(self) -> Any:
+        """The divergence's Triton function; None without one."""
+        return None if self.divergence is None else function_of(type(self.divergence), self.by_token)
+
     def at(self, part: slice) -> Task:
         """The task of some rows. Copies: where their numbers lie must not decide what is compiled."""
         rate = self.transforms.rate
@@ -119,7 +129,7 @@ def statistics(
     n = sums.shape[1]
     tile_statistics.tile_statistics[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, labels, sums, *_shape(tile), n, first, *task.transforms,
-        KL=kl, TOP_TOO=anchored, BLOCK=tile_statistics.BLOCK, **launch.on(tile.student.device),
+        KL=kl, TOP_TOO=anchored, BLOCK=tile_statistics.BLOCK, BY_TOKEN=task.by_token, **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -135,7 +145,7 @@ def values(tile: Tile, state: Tensor, task: Task, sums: Tensor) -> None:
     tile_values.tile_values[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, state, sums, *_shape(tile), n, *task.transforms,
         task.uniforms,
-        term=function_of(type(task.divergence)), BLOCK=tile_values.BLOCK, **launch.on(tile.student.device),
+        term=task.term, BLOCK=tile_values.BLOCK, BY_TOKEN=task.by_token, **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -156,11 +166,10 @@ def gradient(
             g *= 1.0 - (zs / task.transforms.softcap_s) ** 2
         out.copy_(weighted(row_scale[:, None], g * task.transforms.scale_s))
         return
-    function = None if task.divergence is None else function_of(type(task.divergence))
     tile_gradient.tile_gradient[(n,)](
         tile.student, tile.teacher, out, tile.bias_s, tile.bias_t, labels, row_scale, state, *_shape(tile), n, first,
         *task.transforms, task.slope_coefficient, task.ce_weight, task.uniforms,
-        term=function, BLOCK=tile_gradient.BLOCK, **launch.on(tile.student.device),
+        term=task.term, BLOCK=tile_gradient.BLOCK, BY_TOKEN=task.by_token, **launch.on(tile.student.device),
     )  # fmt: skip
 
 

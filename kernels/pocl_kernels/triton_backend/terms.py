@@ -14,13 +14,14 @@ import hashlib
 import linecache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.scalar import GIVEN, Program, name_of, trace
-from pocl_kernels.triton_backend.device import exp, of_row
+from pocl_kernels.triton_backend.device import exp
 
 TRITON_SYNTAX = {
     "const": "{0}",
@@ -48,21 +49,18 @@ class Term(NamedTuple):
 def term_of(divergence: Divergence) -> Term:
     """The Triton function of a divergence, made once for each distinct code, and its run-time numbers."""
     parameters = divergence.parameters()
-    if any(isinstance(x, Tensor) for x in parameters):
-        values = program_of(type(divergence)).uniform_values(parameters)
-        return Term(function_of(type(divergence)), tuple(as_kernel_number(x) for x in values))
-    return _term(type(divergence), tuple(parameters))
+    rows = next((x for x in parameters if isinstance(x, Tensor)), None)
+    if rows is None:
+        return _term(type(divergence), tuple(parameters))
+    values = program_of(type(divergence)).uniform_values(parameters)
+    uniforms = tuple(torch.as_tensor(x).to(rows).float().expand_as(rows).contiguous() for x in values)
+    return Term(function_of(type(divergence), True), uniforms)
 
 
 @functools.cache
-def function_of(kind: type[Divergence]) -> Any:
-    """The Triton function of a class."""
-    return _function(source(program_of(kind)))
-
-
-def as_kernel_number(x: Any) -> Any:
-    """A Python number, or float32 of one a row."""
-    return x.float().contiguous() if isinstance(x, Tensor) and x.dim() else float(x)
+def function_of(kind: type[Divergence], by_token: bool = False) -> Any:
+    """The Triton function of a class; ``by_token``: its uniforms are pointers to one a row."""
+    return _function(source(program_of(kind), by_token))
 
 
 def slope_sum(divergence: Divergence) -> float | None:
@@ -85,14 +83,15 @@ def program_of(kind: type[Divergence]) -> Program:
     return trace(object.__new__(kind))
 
 
-def source(program: Program) -> str:
+def source(program: Program, by_token: bool = False) -> str:
     """Python source of the Triton function of one traced definition."""
+    read = "tl.load(uniforms[{}] + row)" if by_token else "uniforms[{}]"
     row, body = program.render(
         TRITON_SYNTAX, lambda name, expression: f"{name} = {expression}", given=GIVEN | {"exp l": "q", "exp r": "p"}
     )
     # A condition on the parameters travels as 0 or 1.
     unpack = [
-        f"{name_of(node)} = of_row(uniforms[{i}], row)" + (" != 0.0" if node.op in ("lt", "eq") else "")
+        f"{name_of(node)} = {read.format(i)}" + (" != 0.0" if node.op in ("lt", "eq") else "")
         for i, node in enumerate(program.uniforms)
     ]
     lines = "\n".join(f"    {line}" for line in (*unpack, *row, *body))
@@ -105,6 +104,6 @@ def _function(text: str) -> Any:
     # file.
     name = f"<pocl divergence {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "exp": exp, "of_row": of_row, "__name__": __name__}
+    namespace: dict[str, Any] = {"triton": triton, "tl": tl, "exp": exp, "__name__": __name__}
     exec(compile(text, name, "exec"), namespace)
     return namespace["term"]

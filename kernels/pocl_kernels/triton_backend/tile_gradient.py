@@ -16,7 +16,6 @@ from pocl_kernels.triton_backend.device import (
     jacobian,
     load_logits,
     log_probabilities,
-    of_row,
     projection_gradient,
     rounded,
 )
@@ -52,6 +51,7 @@ def tile_gradient(
     uniforms,
     term: tl.constexpr,
     BLOCK: tl.constexpr,
+    BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
 ):
     row = tl.program_id(0).to(tl.int64)
     width = stride16 * 16
@@ -60,8 +60,9 @@ def tile_gradient(
     state += row
     step = n.to(tl.int64)
     w = tl.load(row_scale + row).to(tl.float32)
-    inv_T = of_row(inv_T, row)
-    slope_coefficient = of_row(slope_coefficient, row)
+    if BY_TOKEN:
+        inv_T = tl.load(inv_T + row)
+        slope_coefficient = tl.load(slope_coefficient + row)
     max_s = tl.load(state + MAX_S * step)
     S_1 = tl.load(state + SUM_1 * step)
     label = -1

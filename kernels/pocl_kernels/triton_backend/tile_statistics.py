@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, of_row, ratio_terms
+from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms
 from pocl_kernels.triton_backend.state import (
     LABEL,
     MAX_S,
@@ -68,13 +68,15 @@ def tile_statistics(
     KL: tl.constexpr,  # E, F and R as well
     TOP_TOO: tl.constexpr,  # the teacher's logit where the student's is largest as well
     BLOCK: tl.constexpr,
+    BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
 ):
     row = tl.program_id(0).to(tl.int64)
     width = stride16 * 16
     student += row * stride16 * 16
     sums += row
     step = n.to(tl.int64)
-    inv_T = of_row(inv_T, row)
+    if BY_TOKEN:
+        inv_T = tl.load(inv_T + row)
     if labels is not None:
         label = tl.load(labels + row).to(tl.int32) - first
         if (label >= 0) & (label < V):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities, of_row
+from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities
 from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE, SUM_S, SUM_T, TOP_T, VALUE
 
 BLOCK = 2048
@@ -37,6 +37,7 @@ def tile_values(
     uniforms,
     term: tl.constexpr,
     BLOCK: tl.constexpr,
+    BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
 ):
     row = tl.program_id(0).to(tl.int64)
     width = stride16 * 16
@@ -45,7 +46,8 @@ def tile_values(
     state += row
     sums += row
     step = n.to(tl.int64)
-    inv_T = of_row(inv_T, row)
+    if BY_TOKEN:
+        inv_T = tl.load(inv_T + row)
     max_s = tl.load(state + MAX_S * step)
     max_t = tl.load(state + MAX_T * step)
     S_s = tl.load(state + SUM_S * step)

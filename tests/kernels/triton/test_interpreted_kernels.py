@@ -219,7 +219,7 @@ def test_maxima_can_be_raised_afterwards() -> None:
 def test_values_and_gradients_of_tiles_match_whole_rows() -> None:
     zs, zt = logits(0)[:, :V], logits(1)[:, :V]
     divergence = DIVERGENCES["skew_fkl"]()
-    task = Task(TASK.transforms, divergence, 0.7 * T, 0.3)
+    task = Task(TASK.transforms, divergence, 0.7 * T, 0.3, term_of(divergence).uniforms)
     here = state.state_of(sums_over(zs, zt, [0, V]))
     second = torch.zeros(2, ROWS)
     bounds = ((0, 80), (80, V))
