@@ -156,7 +156,7 @@ MUTATIONS = (
     Mutation("slopes relative to nothing", "divergences.py", " - exp(l) * (self.slope(l0, r0) / exp(l0))", "",
              "scalar:relative_slope_is_the_slope"),
     Mutation("a difference of slopes inherited", "divergences.py", "cls.relative_slope = Divergence.relative_slope",
-             "pass", "scalar:another_slope"),
+             "pass", "own_divergence:another_slope"),
     Mutation("jsd(0) is nothing", "divergences.py", "forward = where(equal(self.beta, 0.0), 1.0, 0.0)",
              "forward = 0.0 * self.beta", UNRELATED + "jsd"),
     Mutation("alpha_beta: slope of the powers", "divergences.py", "self.beta / total) / total\n",
