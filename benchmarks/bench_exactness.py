@@ -5,6 +5,7 @@
     python -m benchmarks.bench_exactness --save
 
     unrelated   relative norm error of loss, dh and dW against float64, float32 inputs, student and teacher unrelated
+    sharp       the same at V = 1003 and 8009, logits of deviation 5, T from 0.5 to 4: the worst, over plain PyTorch's
     near        the same with a student at KL 1e-4 from its teacher, pooled over seeds, over plain PyTorch's error
     bf16        bfloat16 inputs, over the error of float32 PyTorch on the same inputs, pooled over seeds
     scratch     peak memory of forward and backward beyond inputs and gradients, both memory modes, V = 151,936
@@ -14,6 +15,7 @@ The inputs are those of the kernel tests (`tests/kernels/cases.py`): logits with
 
 import argparse
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -25,7 +27,7 @@ import pocl_kernels
 from benchmarks.measure import give_back_freed_memory, machine, peak_bytes, save_results
 from tests.kernels.cases import NAMES, Case, Solution, make_case, oracle, pytorch, solve
 
-PARTS = ("unrelated", "near", "bf16", "scratch")
+PARTS = ("unrelated", "sharp", "near", "bf16", "scratch")
 VOCABULARY, ROWS, HIDDEN = 49152, 64, (576, 576)
 SEEDS = range(3)
 QUANTITIES = ("loss", "hidden", "weight")
@@ -42,6 +44,24 @@ def unrelated() -> dict[str, Any]:
         errors = solve(pocl_kernels.fused_linear_divergence, case, **call).errors(oracle(case, **call))
         out[name] = {quantity: errors[quantity] for quantity in QUANTITIES}
         oracle.cache_clear()
+    return out
+
+
+def sharp() -> dict[str, Any]:
+    """Over vocabularies and temperatures the errors whose ratio to PyTorch's is worst, of both."""
+    out: dict[str, Any] = {}
+    for name in NAMES:
+        found = []
+        for vocabulary, temperature in itertools.product((1003, 8009), (0.5, 0.7, 1.0, 2.0, 4.0)):
+            case, call = (
+                make_case.__wrapped__(24, vocabulary, spread=5.0),
+                {"divergence": name, "temperature": temperature},
+            )
+            truth = oracle.__wrapped__(case, **call)
+            ours = solve(pocl_kernels.fused_linear_divergence, case, **call).errors(truth)
+            plain = pytorch.__wrapped__(case, **call).errors(truth)
+            found.append({q: (ours[q], plain[q]) for q in QUANTITIES})
+        out[name] = {q: max((x[q] for x in found), key=lambda e: e[0] / e[1]) for q in QUANTITIES}
     return out
 
 
@@ -101,6 +121,7 @@ def scratch() -> dict[str, Any]:
 def show(part: str, result: dict[str, Any]) -> None:
     titles = {
         "unrelated": f"relative norm error, unrelated models, float32, V = {VOCABULARY}",
+        "sharp": "sharp and unlike, V = 1003 and 8009, T = 0.5 to 4, float32: worst error (and over PyTorch's)",
         "near": "student at KL 1e-4, float32: error (and over PyTorch's)",
         "bf16": "bfloat16 inputs: error (and over float32 PyTorch's)",
         "scratch": f"scratch in MiB, V = {LARGE_VOCABULARY}, by rows",
@@ -123,6 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "unrelated": unrelated,
+        "sharp": sharp,
         "near": lambda: against_pytorch(1e-4, torch.float32),
         "bf16": lambda: against_pytorch(None, torch.bfloat16),
         "scratch": scratch,
