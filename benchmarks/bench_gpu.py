@@ -12,13 +12,11 @@ against our float64 path on some rows. Peak memory is what a call allocates beyo
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -31,8 +29,6 @@ from benchmarks.problems import TEMPERATURE, Problem, floor, key, make_problem, 
 SHAPES = ((8192, 32000, 2048, 4096), (8192, 128256, 2048, 4096), (4096, 151936, 896, 3584))
 LEAST_MS, LEAST_RUNS = 300.0, 7
 WORKSPACES_MB = (256, 1024, 4096)
-
-pytestmark = pytest.mark.gpu
 
 
 class Clock:
@@ -257,22 +253,6 @@ def kernels(rows: int, vocabulary: int, divergences: list[str]) -> dict[str, Any
         result[name] = {"ms": times, "gb_per_s": bandwidth, "gflop_per_s": rate}
         print(f"{name:34}{median:>8.3f} ms{100 * spread:>7.1f} %{bandwidth:>9.0f}{rate:>10.0f}{bandwidth / best:>9.2f}")
     return {"rows": rows, "vocabulary": vocabulary, "kernels": result}
-
-
-@pytest.mark.parametrize("name", ["floor", "fast", "low", "eager"])
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_forward_and_backward_on_a_gpu(benchmark: Any, shape: Sequence[int], name: str) -> None:
-    problem = make_problem(*shape, device="cuda")
-    problem = Problem(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in vars(problem).items()})
-    function = {"floor": floor, "fast": ours("fast", 1024), "low": ours("low"), "eager": eager}[name]
-
-    def synchronised() -> None:
-        function(problem)
-        torch.cuda.synchronize()
-
-    median = Clock().interleaved({name: synchronised})[name]
-    rounds = max(LEAST_RUNS, math.ceil(LEAST_MS / statistics.median(median)))
-    benchmark.pedantic(synchronised, rounds=rounds, iterations=1, warmup_rounds=1)
 
 
 def main() -> None:

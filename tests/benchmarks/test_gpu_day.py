@@ -1,0 +1,39 @@
+"""The first ten minutes on a GPU, rehearsed: every step finishes, whatever is missing, and the page says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_day
+
+
+def test_a_step_that_fails_is_reported_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: bool) -> dict[str, object]:
+        raise MemoryError("none left")
+
+    def impossible(_: bool) -> dict[str, object]:
+        raise gpu_day.SkippedError("no such tool")
+
+    steps = {"correct": lambda _: {"all fine": False}, "loss": broken, "counters": impossible}
+    monkeypatch.setattr(gpu_day, "STEPS", steps)
+    for name in steps:
+        gpu_day.run_step(name, tmp_path, rehearse=False)
+    page = gpu_day.page(tmp_path, rehearse=False)
+    assert "| loss | failed |" in page
+    assert "MemoryError: none left" in page
+    assert "| counters | skipped |" in page
+    assert "**Correct: NO.**" in page
+    assert json.loads((tmp_path / "counters.json").read_text())["reason"] == "no such tool"
+
+
+def test_the_page_says_what_to_tune_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = {"shape: a auto": 1.2, "shape: b auto": 1.7}
+    rows = {name: {"ms": x, "over the floor": x, "all ms": [x]} for name, x in ratios.items()}
+    steps = {"correct": lambda _: {"all fine": True}, "loss": lambda _: rows}
+    monkeypatch.setattr(gpu_day, "STEPS", steps)
+    for name in steps:
+        gpu_day.run_step(name, tmp_path, rehearse=False)
+    page = gpu_day.page(tmp_path, rehearse=False)
+    assert "**Correct: yes.**" in page
+    assert "**Tune first:** shape: b auto, 1.70 times" in page
