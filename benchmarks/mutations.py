@@ -171,7 +171,6 @@ MUTATIONS = (
              "where(student, by_p - d, by_q)", "scalar:log_ratios"),
     Mutation("the wrong anchor", ROWS, "while (top + 1 < V && !(zs[top] * inv_T == S.max)) top++;", "",
              "sharp:sharpest and compiled-fast"),
-    Mutation("the first block's anchor", PRELUDE, "            block = b;\n", "", "sharp:anchor and compiled-fast"),
     Mutation("l - r without its shift", ROWS, "(z - zt[j]) * inv_T - shift;", "(z - zt[j]) * inv_T;", FKL),
     Mutation("one temperature for all tokens", ROWS, "rate[i * by_token]", "rate[0]", BY_TOKEN),
     Mutation("one factor for all tokens", ROWS, "As[i * by_token]", "As[0]", BY_TOKEN),

@@ -5,18 +5,17 @@ import torch
 
 import pocl_kernels
 from pocl_kernels import JSD, MixedKL
-from tests.kernels.cases import assert_close, make_case, oracle, pytorch, solve
+from tests.kernels.cases import assert_close, make_case, oracle, solve
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
 @pytest.mark.parametrize("divergence", ["skew_fkl", "alpha", "tvd", "jsd"])
 def test_the_sharpest_rows_keep_their_digits(divergence: str, memory: str) -> None:
-    case = make_case(12, 403, spread=12.0)
+    case = make_case(12, 403, spread=10.0)
     call = dict(divergence=divergence, temperature=0.5)
     truth = oracle(case, **call)
-    allowed = pytorch(case, **call).errors(truth)["hidden"]
     result = solve(pocl_kernels.fused_linear_divergence, case, backend="triton", memory=memory, **call)
-    assert result.errors(truth)["hidden"] <= max(1e-5, 1.1 * allowed)
+    assert result.errors(truth)["hidden"] <= 1e-5  # plain PyTorch: 0.6 for TVD
 
 
 @pytest.mark.parametrize("memory", ["fast", "low"])
