@@ -5,6 +5,7 @@ Models, data sets and torch are imported by the commands that need them, so that
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shlex
@@ -19,7 +20,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pocl.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,11 +38,8 @@ _Change = Annotated[
 _Plot = Annotated[
     bool, typer.Option("--plot", help="Draw the ranking into report/, and print the easiest and the hardest samples.")
 ]
-_DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the plan (stages, samples, steps, temperatures, rates); do nothing.")
-]
-
-
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and what would end the run; do nothing.")]
+_PlanJson = Annotated[bool, typer.Option("--json", help="The same as --dry-run, as one JSON object for programs.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
@@ -64,42 +61,63 @@ def options(
 
 
 @app.command(context_settings=_OVERRIDES)
-def quickstart(context: typer.Context, dry_run: _DryRun = False, change: _Change = False) -> None:
+def quickstart(
+    context: typer.Context, dry_run: _DryRun = False, as_json: _PlanJson = False, change: _Change = False
+) -> None:
     """Distil a small real model on real data, both from the Python registry, in minutes on a CPU, and write a report.
 
     A second run skips what is done. [dim]Further words override the recipe: --output FOLDER --seed 3[/dim]
     """
-    _run("quickstart", context.args, dry_run=dry_run, change=change)
+    _run("quickstart", context.args, dry_run=dry_run, as_json=as_json, change=change)
 
 
 @app.command(context_settings=_OVERRIDES)
-def distill(context: typer.Context, recipe: _RecipeArgument, dry_run: _DryRun = False, change: _Change = False) -> None:
+def distill(
+    context: typer.Context,
+    recipe: _RecipeArgument,
+    dry_run: _DryRun = False,
+    as_json: _PlanJson = False,
+    change: _Change = False,
+) -> None:
     """Do a whole recipe: models, data, teacher cache, warm-up, ranking, stages, evaluation, report.
 
     What is done already is skipped, what was cut off goes on. [dim]Further words override the recipe:
     --training.batch_size 8[/dim]
     """
-    _run(recipe, context.args, dry_run=dry_run, change=change)
+    _run(recipe, context.args, dry_run=dry_run, as_json=as_json, change=change)
 
 
 @app.command(context_settings=_OVERRIDES)
-def rank(context: typer.Context, recipe: _RecipeArgument, change: _Change = False, plot: _Plot = False) -> None:
+def rank(
+    context: typer.Context,
+    recipe: _RecipeArgument,
+    dry_run: _DryRun = False,
+    as_json: _PlanJson = False,
+    change: _Change = False,
+    plot: _Plot = False,
+) -> None:
     """Only rank the recipe's training samples by difficulty for its student.
 
     Writes ranking/ranked.parquet in the run folder: the rows of the data with rank and subset, for any trainer. A
     student of your own needs no teacher, unless the recipe warms it up or ranks by the teacher. [dim]Further words
     override the recipe: --student FOLDER --ranking.max_new_tokens 64[/dim]
     """
-    _run(recipe, context.args, until="ranking", change=change, plot=plot)
+    _run(recipe, context.args, until="ranking", dry_run=dry_run, as_json=as_json, change=change, plot=plot)
 
 
 @app.command("cache-teacher", context_settings=_OVERRIDES)
-def cache_teacher(context: typer.Context, recipe: _RecipeArgument, change: _Change = False) -> None:
+def cache_teacher(
+    context: typer.Context,
+    recipe: _RecipeArgument,
+    dry_run: _DryRun = False,
+    as_json: _PlanJson = False,
+    change: _Change = False,
+) -> None:
     """Only run the recipe's teacher once over the training samples and keep its hidden states.
 
     [dim]Further words override the recipe: --teacher_cache.dtype bfloat16[/dim]
     """
-    _run(recipe, context.args, until="teacher-cache", change=change)
+    _run(recipe, context.args, until="teacher-cache", dry_run=dry_run, as_json=as_json, change=change)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -260,6 +278,7 @@ def _run(
     *,
     until: str = "report",
     dry_run: bool = False,
+    as_json: bool = False,
     change: bool = False,
     plot: bool = False,
 ) -> None:
@@ -272,8 +291,17 @@ def _run(
         recipe = load_recipe(name, overrides)
         folders.append(Path(recipe.output))
         quiet_libraries()
-        if dry_run:
-            _print_plan(recipe, console)
+        if dry_run or as_json:
+            from pocl.pipeline import plan
+            from pocl.pipeline.plan_text import print_plan
+
+            made = plan(recipe, until=until, change=change)
+            if as_json:
+                print_json(dataclasses.asdict(made))
+            else:
+                print_plan(made, recipe, console)
+            if made.findings.problems:
+                raise typer.Exit(2)
             return
         from pocl.pipeline import run
 
@@ -349,27 +377,6 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
-
-
-def _print_plan(recipe: Recipe, console: Console) -> None:
-    from rich.table import Table
-
-    from pocl.pipeline import plan
-
-    made = plan(recipe)
-    console.print(f"[bold]Plan of {recipe.name}[/bold], into {recipe.output}", highlight=False)
-    for number, (name, why) in enumerate(made.steps, start=1):
-        console.print(f"  {number}. [bold]{name}[/bold]  {why}", highlight=False, soft_wrap=True)
-    samples = f"{made.num_samples:,} training samples" if made.num_samples else "An unknown number of samples"
-    if made.unread:
-        samples += f" ({'at most; ' if made.num_samples else ''}the data cannot be read: {made.unread})"
-    console.print(f"\n{samples}. The teacher {made.teacher}.", highlight=False, soft_wrap=True)
-    console.print(f"Loss: {made.loss}.\n", highlight=False, soft_wrap=True)
-    # one space between columns, so that the longest table fits into 80
-    table = Table(*made.stages[0], box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for row in made.stages:
-        table.add_row(*row.values())
-    console.print(table)
 
 
 def _plot_ranking(folder: Path, console: Console) -> None:

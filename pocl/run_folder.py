@@ -101,18 +101,30 @@ class RunFolder:
             RunFolderError: the folder holds files of something else, or of a recipe that differs and `change` is not
                 set.
         """
+        recipe = self.check(recipe)
+        write_text(self.path / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
+
+    def check(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """What `claim` would write, if it would not refuse the folder; writes nothing."""
         file = self.path / RECIPE
         recipe = {key: value for key, value in recipe.items() if key != "output"}
         if file.is_file():
             stored = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            lines = differences(stored, recipe)
+            whole = set(recipe) <= set(stored) and "output" not in stored  # as `claim` writes it
+            if lines and not whole and not (self.path / MANIFEST).is_file():  # --change would write over it
+                raise RunFolderError(
+                    f"{file} is another recipe, and no run has begun there: it may be a file of yours. Choose another "
+                    "folder with --output, or move it away."
+                )
             if not self.change:
-                self._refuse(f"{self.path} belongs to another recipe", differences(stored, recipe))
+                self._refuse(f"{self.path} belongs to another recipe", lines)
         elif self.path.is_dir() and any(not file.name.startswith(LOCK) for file in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path} is not empty and holds no {RECIPE}: it is not the folder of a run. "
                 "Choose another with --output."
             )
-        write_text(file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
+        return recipe
 
     def record(self, step: str) -> dict[str, Any]:
         """What the manifest says about a step; empty if nothing."""

@@ -77,6 +77,12 @@ def user_of(folder: Path) -> dict[str, Any] | None:
         os.close(handle)
 
 
+def in_use_by(folder: Path) -> str | None:
+    """Who works in a folder, in words; None if nobody does."""
+    user = user_of(folder)
+    return None if user is None else _in_use(folder / LOCK, user)
+
+
 def _acquire(path: Path) -> int:
     looks = 0
     for _ in range(40):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl.data.tables import values_of
 from pocl.pipeline.curricula import curriculum_of, teacher_passes
+from pocl.pipeline.dry_run import Findings
 from pocl.pipeline.guess import CHARACTERS_PER_TOKEN
 from pocl.pipeline.steps import build_steps
 from pocl.pipeline.training import divergence_parameters, plans_cache, scales_by_temperature
@@ -35,18 +36,33 @@ class Plan:
     """How often the teacher runs, in words."""
     loss: str
     """The divergence with its parameters, and its factor."""
+    findings: Findings
+    """What would end the run, and what becomes of its folder."""
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Stages, samples, steps, temperatures and learning rates of a recipe.
+def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan:
+    """Stages, samples, steps, temperatures and learning rates of a recipe, and what would end its run.
 
-    Reads the data, and the models' configurations, where they are on this machine; fetches nothing, loads no weights.
+    Reads the data, and the models' configurations and tokenizers, where they are on this machine; fetches nothing,
+    loads no weights, writes nothing.
+
+    Args:
+        recipe: what is asked for.
+        until: the last step, see `run`.
+        change: whether a folder of another recipe is accepted.
+
+    Raises:
+        ValueError: the recipe has no step `until`.
     """
     from pocl.data.corpus import is_corpus
+    from pocl.errors import in_words
+    from pocl.pipeline.dry_run import content_of, look
     from pocl.pipeline.guess import seconds_per_step
     from pocl.pipeline.prepare import split_examples
+    from pocl.pipeline.run import needed_for
 
-    count, unread, seconds = recipe.data.num_train, "", None
+    steps = needed_for(build_steps(recipe, content=content_of(recipe)), until, recipe)
+    count, unread, seconds, problem, train = recipe.data.num_train, "", None, "", None
     try:
         with _offline():
             train = split_examples(recipe)["train"]
@@ -60,23 +76,34 @@ def plan(recipe: Recipe) -> Plan:
         unread = "they are not on this machine, and a plan fetches nothing"
     except Exception as error:  # whatever a file or a loader may raise: a plan is possible without
         unread = f"{type(error).__name__}: {error}"
+        problem = in_words(error)
+    if train is not None and len(train) < recipe.curriculum.num_stages and not is_corpus(train.column_names):
+        problem = (
+            f"{len(train)} training samples cannot fill the {recipe.curriculum.num_stages} stages of "
+            "curriculum.num_stages: use fewer stages or more data"
+        )
+    with _offline():
+        findings = look(recipe, steps, train, change=change)
+    findings.problems[:0] = [problem] if problem else []
     count = recipe.training.draw or count
     parts = recipe.curriculum.num_stages
     training = recipe.training
-    subsets = None if count is None else [min(i // max(1, count // parts), parts - 1) for i in range(count)]
+    subsets = (
+        None if count is None or count < parts else [min(i // max(1, count // parts), parts - 1) for i in range(count)]
+    )
     batch_size = training.batch_size * training.gradient_accumulation_steps
     stages = curriculum_of(recipe, subsets, batch_size).table(subsets, batch_size, seconds_per_step=seconds)
     for number, row in enumerate(stages):  # columns that fit a terminal, and a guess that looks like one
         row |= {"time": f"~{row['time']}"} if "time" in row else {}
         stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}
     return Plan(
-        # a plan need not read every byte of the models
-        [(step.name, step.why) for step in build_steps(recipe, content=lambda *_: "")],
+        [(step.name, step.why) for step in steps],
         stages,
         count,
         unread,
         _teacher(recipe),
         _loss(recipe),
+        findings,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocl.pipeline.context import Context, source_fingerprint
+from pocl.pipeline.disk import check_disk
 from pocl.pipeline.engine import Step, fingerprints, run_steps
 from pocl.pipeline.made import make_models
 from pocl.pipeline.preflight import check_settings
@@ -59,23 +60,17 @@ def run(
     with Processes.current(devices=True) as processes, contextlib.ExitStack() as held:
         # one process reads the weights, where they have to be read at all
         steps = build_steps(recipe, content=lambda *what: processes.first(partial(source_fingerprint, *what)))
-        names = [step.name for step in steps]
-        if until not in names:
-            hints = {
-                CACHE: "; to cache all the same, set teacher_cache.mode to cached",
-                RANKING: f"; a curriculum of kind {recipe.curriculum.kind} orders nothing: set it to baby_step",
-            }
-            hint = hints.get(until, "")
-            raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
+        needed = needed_for(steps, until, recipe)
         processes.first(lambda: held.enter_context(only_user(path)))
         folder = RunFolder(path, change=change)
         processes.first(lambda: folder.claim(recipe.model_dump(mode="json")))
         context = Context(recipe, path, console if processes.rank == 0 else Console(quiet=True))
         if only:
-            processes.first(lambda: check_done(steps, until, folder))
-        needed, marks = needed_for(steps, until), fingerprints(steps)
+            processes.first(lambda: check_done(steps, needed, folder))
+        marks = fingerprints(steps)
         pending = [step.name for step in needed if not folder.is_finished(step.name, marks[step.name])]
         processes.first(lambda: check_settings(recipe, pending))
+        processes.first(lambda: check_disk(recipe, pending))
         run_steps(needed, context, folder, context.console, processes)
     return path
 
@@ -100,8 +95,20 @@ def check_precision(recipe: Recipe) -> None:
         )
 
 
-def needed_for(steps: Sequence[Step], until: str) -> list[Step]:
-    """The step `until` and those that it depends on, in order."""
+def needed_for(steps: Sequence[Step], until: str, recipe: Recipe) -> list[Step]:
+    """The step `until` and those that it depends on, in order.
+
+    Raises:
+        ValueError: the recipe has no such step.
+    """
+    names = [step.name for step in steps]
+    if until not in names:
+        hints = {
+            CACHE: "; to cache all the same, set teacher_cache.mode to cached",
+            RANKING: f"; a curriculum of kind {recipe.curriculum.kind} orders nothing: set it to baby_step",
+        }
+        hint = hints.get(until, "")
+        raise ValueError(f"this recipe has no step {until!r}, its steps are {', '.join(names)}{hint}")
     found = {until}
     for step in reversed(steps):
         if step.name in found:
@@ -109,14 +116,15 @@ def needed_for(steps: Sequence[Step], until: str) -> list[Step]:
     return [step for step in steps if step.name in found]
 
 
-def check_done(steps: Sequence[Step], until: str, folder: RunFolder) -> None:
-    """Refuses a folder in which a step that `until` builds on is not done, or was done with other inputs.
+def check_done(steps: Sequence[Step], needed: Sequence[Step], folder: RunFolder) -> None:
+    """Refuses a folder in which a step that the last of `needed` builds on is not done, or was with other inputs.
 
     Raises:
         RunFolderError: names the first such step.
     """
     marks = fingerprints(steps)
-    for step in needed_for(steps, until)[:-1]:
+    until = needed[-1].name
+    for step in needed[:-1]:
         if not folder.is_finished(step.name, marks[step.name]):
             known = folder.record(step.name)
             changed = known.get("state") == "finished" and known["fingerprint"] != marks[step.name]

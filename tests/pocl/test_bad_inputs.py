@@ -289,6 +289,11 @@ def test_places_that_are_no_run_folder(place: Path, tmp_path: Path) -> None:
     refused("is not empty and holds no recipe.yaml.*Choose another with --output", "distill", recipe, "--output", full)
     assert [path.name for path in full.iterdir()] == ["thesis.txt"]
     assert file.read_text() == "mine"
+    (full / "recipe.yaml").write_text("student: mine  # a file of one's own\n")
+    refused(
+        "recipe.yaml is another recipe, and no run has begun there", "distill", recipe, "--output", full, "--change"
+    )
+    assert (full / "recipe.yaml").read_text() == "student: mine  # a file of one's own\n"
     for command in ("report", "status"):
         refused("not the folder of a run", command, tmp_path / "nowhere")
     refused("no trained student yet", "evaluate", recipe, "--output", tmp_path / "nowhere")
