@@ -1,5 +1,6 @@
 """Writes the parts of the documentation that the code knows best: `make docs`. A test holds them up to date."""
 
+import json
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -14,6 +15,13 @@ def recipe_keys() -> str:
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
+def recipe_schema_text() -> str:
+    """The JSON schema of recipes."""
+    from pocl.recipe import recipe_schema
+
+    return json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 def with_generated_part(page: str, part: str) -> str:
     """`page` with everything between the two markers replaced by `part`."""
     before, found, rest = page.partition(BEGIN)
@@ -26,6 +34,7 @@ def with_generated_part(page: str, part: str) -> str:
 def main() -> None:
     page = FOLDER / "recipe.md"
     page.write_text(with_generated_part(page.read_text(), recipe_keys()))
+    (FOLDER / "recipe.schema.json").write_text(recipe_schema_text())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Distil a large language model into a small one, from easy to hard (POCL).",
@@ -143,6 +142,7 @@ def evaluate(
     folders: list[Path] = []
 
     def work(console: Console) -> None:
+        from pocl.outcome import print_outcome, print_results
         from pocl.pipeline.benchmarking import evaluate_run
         from pocl.recipe import load_recipe
         from pocl.report import results_table
@@ -161,9 +161,9 @@ def evaluate(
         if as_json:
             print_json({"name": done.name, "folder": str(done.folder), "metrics": done.metrics})
         elif done.name == "held-out":
-            _print_outcome(Path(recipe.output), "evaluation", console)
+            print_outcome(Path(recipe.output), "evaluation", console)
         else:
-            _print_results(results_table(done.metrics, {}), console)
+            print_results(results_table(done.metrics, {}), console)
             console.print(f"\nScores:   {done.folder}", highlight=False, soft_wrap=True)
 
     _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), folders)
@@ -259,17 +259,30 @@ def bench(
 
 
 @app.command()
-def keys() -> None:
-    """List every setting of a recipe with its default and meaning."""
-    from rich.console import Console
-    from rich.table import Table
+def keys(
+    section: Annotated[str, typer.Argument(help="A section, such as training, or a key; all when left out.")] = "",
+    as_json: _Json = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+) -> None:
+    """List the settings of a recipe with their defaults and meanings."""
 
-    from pocl.recipe import describe_keys
+    def work(console: Console) -> None:
+        from rich.markup import escape
+        from rich.table import Table
 
-    table = Table("setting", "default", "meaning", box=None, pad_edge=False)
-    for key, default, meaning in describe_keys():
-        table.add_row(key, default, meaning)
-    Console().print(table)
+        from pocl.recipe import describe_keys, recipe_schema
+
+        rows = describe_keys(section)
+        if schema or as_json:
+            listed = [{"key": key, "default": default, "meaning": meaning} for key, default, meaning in rows]
+            print_json(recipe_schema() if schema else listed)
+            return
+        table = Table("setting", "default", "meaning", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
+    _guarded(work, shlex.join(["pocl", "keys", *([section] if section else [])]), resumes=False)
 
 
 def _run(
@@ -303,12 +316,13 @@ def _run(
             if made.findings.problems:
                 raise typer.Exit(2)
             return
+        from pocl.outcome import plot_ranking, print_outcome
         from pocl.pipeline import run
 
         folder = run(recipe, until=until, change=change, console=console)
         if plot and _is_first_process():
-            _plot_ranking(folder, console)
-        _print_outcome(folder, until, console)
+            plot_ranking(folder, console)
+        print_outcome(folder, until, console)
 
     _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), folders)
 
@@ -379,23 +393,6 @@ def quiet_libraries() -> None:
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
 
 
-def _plot_ranking(folder: Path, console: Console) -> None:
-    """Draw the ranking, and print the samples at both of its ends in words."""
-    from rich.markup import escape
-
-    from pocl.report import Run, extreme_samples, write_report
-
-    write_report(folder)
-    for title, table in zip(("easiest", "hardest"), extreme_samples(Run.read(folder).ranked), strict=True):
-        console.print(f"\n[bold]The {title} samples[/bold]")
-        for row in table.rows:
-            cells = list(enumerate(zip(table.header, row, strict=True)))
-            measures = ", ".join(f"{name} {text}" for column, (name, text) in cells if column in table.numbers)
-            console.print(f"  {measures}", highlight=False, soft_wrap=True)
-            for _, (name, text) in (cell for cell in cells if cell[0] not in table.numbers):
-                console.print(f"    [dim]{name}:[/dim] {escape(text)}", highlight=False, soft_wrap=True)
-
-
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     import json
@@ -408,34 +405,6 @@ def _aside(console: Console, as_json: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=True, quiet=console.quiet) if as_json else console
-
-
-def _print_results(content: Any, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column, title in enumerate(content.header):
-        table.add_column(title, justify="right" if column in content.numbers else "left")
-    for index, row in enumerate(content.rows):
-        table.add_row(*row, style="bold" if index == content.strong else None)
-    console.print()
-    console.print(table)
-    console.print("[dim]Cross-entropy and KL in nats per token, lower is better; ROUGE-L, higher is better.[/dim]")
-
-
-def _print_outcome(folder: Path, until: str, console: Console) -> None:
-
-    from pocl.report import Run, results_table
-
-    if until in ("evaluation", "report"):
-        run = Run.read(folder)
-        content = results_table(run.results, run.parameters)
-        _print_results(content, console)
-    shown = {"Student": "student", "Report": "report/index.html", "Ranking": "ranking/ranked.parquet"}
-    console.print()
-    for title, name in shown.items():
-        if (folder / name).exists():
-            console.print(f"{title + ':':9} {folder / name}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -96,6 +96,7 @@ def test_generated_tables_are_what_make_docs_writes() -> None:
     generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     page = (ROOT / "docs" / "recipe.md").read_text()
     assert page == generate["with_generated_part"](page, generate["recipe_keys"]())
+    assert (ROOT / "docs" / "recipe.schema.json").read_text() == generate["recipe_schema_text"]()
 
 
 def test_every_divergence_is_documented() -> None:

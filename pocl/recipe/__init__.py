@@ -5,6 +5,16 @@ known name, a value out of bounds with the bounds; all problems of a file are to
 """
 
 from pocl.recipe.reader import RecipeError, build_recipe, describe_keys, known_keys, load_recipe, recipe_file
+from pocl.recipe.schema import recipe_schema
 from pocl.recipe.sections import Recipe
 
-__all__ = ["Recipe", "RecipeError", "build_recipe", "describe_keys", "known_keys", "load_recipe", "recipe_file"]
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "build_recipe",
+    "describe_keys",
+    "known_keys",
+    "load_recipe",
+    "recipe_file",
+    "recipe_schema",
+]

@@ -245,8 +245,12 @@ def _problem(detail: Any) -> str:
     return f"{where}: {message}, got {detail['input']!r}"
 
 
-def describe_keys() -> list[tuple[str, str, str]]:
-    """(key, default, what it does) of every setting, for `pocl recipe --keys`-style listings and the documentation."""
+def describe_keys(part: str = "") -> list[tuple[str, str, str]]:
+    """(key, default, what it does) of every setting, or of those of a section, or of one key.
+
+    Raises:
+        RecipeError: there is no such section or key.
+    """
     rows: list[tuple[str, str, str]] = []
     for name, section in _sections().items():
         fields = section.model_fields if section else {name: Recipe.model_fields[name]}
@@ -255,7 +259,13 @@ def describe_keys() -> list[tuple[str, str, str]]:
             key = f"{name}.{leaf}" if section else name
             meaning = " ".join((field.description or "").split())
             rows.append((key, str(default), _choices(field.annotation) + meaning))
-    return rows
+    if not part:
+        return rows
+    chosen = [row for row in rows if row[0] == part or row[0].startswith(f"{part}.")]
+    chosen = chosen or [row for row in rows if row[0].endswith(f".{part}")]
+    if not chosen:
+        raise RecipeError(f"there is no section and no key {part}{_suggestion(part)}")
+    return chosen
 
 
 def _choices(kind: Any) -> str:

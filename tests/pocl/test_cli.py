@@ -311,3 +311,41 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0
     text = " ".join(result.output.split())  # lines are broken to the terminal's width
     assert ("Further words override the recipe: --" in text) is (command not in ("report", "status", "bench", "keys"))
+
+
+def test_keys_are_listed_by_section_and_for_programs() -> None:
+    listed = pocl("keys", "warmup").output
+    assert "warmup.epochs" in listed
+    assert "training." not in listed
+    rows = json.loads(pocl("keys", "batch_size", "--json").stdout)
+    assert [(row["key"], row["default"]) for row in rows] == [("training.batch_size", "16")]
+    assert json.loads(pocl("keys", "--schema").stdout)["properties"]["seed"]["default"] == 10
+    result = pocl("keys", "trainin")
+    assert (result.exit_code, "did you mean training?" in result.stderr) == (2, True)
+
+
+def test_options_that_are_suggested_are_those_of_the_commands() -> None:
+    import typer.main
+
+    from pocl.recipe.reader import COMMAND_OPTIONS
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    own = {
+        option
+        for name in ("quickstart", "distill", "rank", "cache-teacher", "evaluate", "compare")
+        for parameter in commands[name].params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    assert own | {"--help"} == set(COMMAND_OPTIONS)
+
+
+def test_a_benchmark_that_is_stopped_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pocl.cli._run_benchmark", stopped)
+    monkeypatch.setattr("sys.argv", ["pocl", "bench", "loss"])
+    result = pocl("bench", "loss")
+    assert result.exit_code == 130
+    assert "Nothing is kept of it; to start again:\n  pocl bench loss" in result.output
