@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -51,6 +52,9 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+_DIGEST = re.compile(r"\b[0-9a-f]{16,}\b")  # which says nothing to people
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing(path) as temporary:
@@ -70,6 +74,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         before, now = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             lines += differences(before, now, f"{prefix}{key}.")
+        elif before != now and all(isinstance(mark, str) and _DIGEST.search(mark) for mark in (before, now)):
+            lines.append(f"{prefix}{key}: what lies there has changed since the folder was made")
         elif before != now:
             lines.append(f"{prefix}{key}: {before!r} in the folder, {now!r} now")
     return lines

@@ -23,10 +23,12 @@ def check_settings(recipe: Recipe, pending: Collection[str]) -> None:
     Raises:
         ValueError: names the key.
     """
-    if not {"warm-up", "training"} & set(pending):
+    if not {"adaptation", "warm-up", "training"} & set(pending):
         return
+    from pocl.pipeline.extra import check_extra
     from pocl.trainer.config import check_reporters
 
+    check_extra(recipe.training.extra)
     try:
         check_reporters(recipe.training.report_to)
     except ValueError as error:

@@ -272,7 +272,6 @@ def _trainer(
         lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate_ratio},
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
-        logging_steps=1 if len(rows) < 5000 else 10,
         eval_strategy="epoch" if evaluates else "no",
         eval_on_start=evaluates,
         save_strategy="epoch",
@@ -284,6 +283,7 @@ def _trainer(
         seed=training_seed(recipe) if in_stages else recipe.seed,
         disable_tqdm=quiet,  # transformers would derive it from its log level
         **_checkpointing(training.activation_checkpointing),
+        **{"logging_steps": 1 if len(rows) < 5000 else 10, **training.extra},
         **options,
     )
     labels_alone = all(stage.kd_ratio == 0 for stage in curriculum.stages)

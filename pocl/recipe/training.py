@@ -57,3 +57,7 @@ class TrainingSection(Section):
     at every epoch's end."""
     report_to: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Where transformers also reports what is logged, such as tensorboard or wandb; the run's log is kept anyway."""
+    extra: dict[str, Any] = {}  # noqa: RUF012
+    """Further fields of transformers' TrainingArguments, checked by name, such as `{warmup_steps: 0.05,
+    dataloader_num_workers: 2, logging_steps: 5}`: a twentieth of each stage's steps with a rising learning rate, and so
+    on. What the recipe sets elsewhere is refused here."""

@@ -172,6 +172,23 @@ def test_words_of_the_command_line(words: str, place: Path, tmp_path: Path, monk
     assert not (tmp_path / "run" / "teacher-cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("3", "training.extra: .*got 3"),
+        ("{warmup_step: 3}", r"TrainingArguments have no field warmup_step; did you mean warmup_steps\?"),
+        ("{learning_rate: 0.1}", "learning_rate is decided by the recipe already; set curriculum.learning_rate"),
+        ("{eval_steps: 4}", "eval_steps is decided by the recipe already; evaluations and checkpoints come at every"),
+        ("{dataloader_num_workers: two}", "dataloader_num_workers must be a valid integer, .*got 'two'"),
+        ("{warmup_steps: [1]}", r"warmup_steps must be a valid number, got \[1\]"),
+    ],
+)
+def test_further_fields_of_training_arguments(extra: str, message: str, place: Path, tmp_path: Path) -> None:
+    words = ["--output", tmp_path / "run", "--training.extra", extra]
+    refused(message, "distill", place / "recipe.yaml", *words)
+    assert not (tmp_path / "run" / "data").exists()
+
+
 def test_settings_before_the_recipe_are_read_like_those_behind_it(place: Path) -> None:
     before = pocl("distill", "--seed", "3", "--temperature=2", place / "recipe.yaml", "--dry-run")
     assert "--temperature is ambiguous" in before.stderr

@@ -94,7 +94,7 @@ def test_changed_data_under_the_same_name_is_refused(
         data.write_text(whole)
     assert result.exit_code == 2
     assert "the step 'data' of other inputs" in result.stderr
-    assert "content.source:" in result.stderr
+    assert "content.source: what lies there has changed since the folder was made" in result.stderr
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
 
 

@@ -146,3 +146,19 @@ def test_whether_the_temperature_scales_the_loss_reaches_the_trainer(
     with pytest.raises(KeyboardInterrupt):
         getattr(training, step)(context)
     assert options["scale_by_temperature"] is scaled
+
+
+def test_further_fields_reach_the_trainer_of_every_stage(tmp_path: Path, finished: Path) -> None:
+    import json
+
+    from ..conftest import pocl
+
+    extra = "{warmup_steps: 2, logging_steps: 1, dataloader_num_workers: 1}"
+    words = ["--output", tmp_path / "run", "--warmup.epochs", "0", "--num_test", "0", "--training.extra", extra]
+    result = pocl("distill", finished / "recipe.yaml", *words)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()]
+    for stage in (0, 1):
+        rates = [line["learning_rate"] for line in lines if line.get("stage") == stage and "loss" in line]
+        assert len(rates) >= 3
+        assert (rates[0], rates[1], rates[2]) == (0, 5e-5, 1e-4)  # two steps to the peak, in each stage anew
