@@ -48,8 +48,8 @@ def disk_needs(recipe: Recipe, pending: Collection[str]) -> dict[str, int] | Non
     return {name: size for name, size in needs.items() if size}
 
 
-def check_disk(recipe: Recipe, pending: Collection[str]) -> None:
-    """Refuses to start a run that cannot end for want of disk.
+def check_disk(recipe: Recipe, pending: Collection[str]) -> dict[str, int] | None:
+    """Refuses to start a run that cannot end for want of disk; returns what it needs (see `disk_needs`).
 
     Raises:
         ValueError: says the folder, what is needed for what, and what is free.
@@ -63,6 +63,7 @@ def check_disk(recipe: Recipe, pending: Collection[str]) -> None:
             f"output: {recipe.output} needs at least {size_in_words(sum(needs.values()))} ({listing}), and "
             f"{size_in_words(free)} are free there; free some, or choose another disk with --output"
         )
+    return needs
 
 
 def existing_parent(path: Path) -> Path:

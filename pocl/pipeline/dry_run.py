@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.pipeline.context import Context, naming_folder, source_fingerprint
-from pocl.pipeline.disk import check_disk, disk_needs, existing_parent, size_in_words
+from pocl.pipeline.disk import check_disk, existing_parent, size_in_words
 from pocl.pipeline.engine import Step, fingerprints
 from pocl.recipe import Recipe
 from pocl.run_folder import MANIFEST, RunFolder
@@ -76,8 +76,7 @@ def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, cha
         _look_at_folder(recipe, steps, found, change)
     pending = [name for name in names if found.steps.get(name) != "done"]
     with found.collecting():
-        found.disk = disk_needs(recipe, pending)
-        check_disk(recipe, pending)
+        found.disk = check_disk(recipe, pending)
     return found
 
 
