@@ -350,4 +350,52 @@ TRAINING = Group(
     ),
 )
 
-GROUPS = (LOSSES, EXACTNESS, COMPILED, DIFFICULTY, TRAINING)
+# ---------------------------------------------------------------------------------- data at scale
+
+
+def data_figure(name: str, unit: str, good: Callable[[float], bool]) -> Callable[[Any], list[Measured]]:
+    """A figure of today's commit beside that of the earlier one."""
+
+    def read(values: Any) -> list[Measured]:
+        now, before = values["now"][name], values["before"][name]
+        text = f"{spread(now)} {unit}; before: {spread(before)}"
+        return [Measured(text, good(statistics.median(now)))]
+
+    return read
+
+
+def peak_memory(limit_mib: float) -> Callable[[Any], list[Measured]]:
+    def read(values: Any) -> list[Measured]:
+        found = max(values["now"]["peak_mib"], values["now"]["peak_mib_of_a_worker"])
+        return [Measured(f"{found:,.0f} MiB over {values['count']:,} rows", found <= limit_mib)]
+
+    return read
+
+
+DATA = Group(
+    "Data at scale, against the commit before token rows were stored",
+    "data",
+    "python -m benchmarks.bench_data rows rank launch memory --data dolly.jsonl --save",
+    (
+        Target(
+            "Dolly-like rows to tokens a second (chat template, 512 tokens, two cores)",
+            ">= 6,000",
+            part("rows", data_figure("rows_per_second", "rows/s", lambda rate: rate >= 6000)),
+        ),
+        Target(
+            "`rank` of a million scored samples",
+            "<= 3 s",
+            part("rank", data_figure("seconds", "s", lambda seconds: seconds <= 3)),
+        ),
+        Target(
+            "second launch of a run with 1 GB of weights, beyond loading",
+            "<= 2 s",
+            part("launch", data_figure("second", "s", lambda seconds: seconds <= 2)),
+        ),
+        Target(
+            "largest process of the data step over a million rows", "<= 2 GB", part("memory", peak_memory(2e9 / 2**20))
+        ),
+    ),
+)
+
+GROUPS = (LOSSES, EXACTNESS, COMPILED, DIFFICULTY, TRAINING, DATA)
