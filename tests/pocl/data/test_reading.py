@@ -291,7 +291,7 @@ _LINE = '{"prompt": "a", "completion": "b"}\n'
         ("a.txt", "a\né\n".encode("latin-1"), "line 2 is not UTF-8"),
         ("a.jsonl", _LINE.encode("utf-16"), "UTF-16.*iconv -f UTF-16 -t UTF-8"),
         ("a.csv", "prompt,completion\n".encode("utf-16-le"), "UTF-16"),
-        ("a.jsonl.gz", gzip.compress(_LINE.encode() * 99)[:40], "compressed data is damaged or cut off"),
+        ("a.jsonl.gz", gzip.compress(_LINE.encode() * 99, mtime=0)[:40], "compressed data is damaged or cut off"),
         ("a.jsonl.gz", _LINE, "compressed data is damaged or cut off"),
         ("a.jsonl.zst", zstd(_LINE.encode() * 999)[:30], "compressed data is damaged or cut off"),
         ("a.parquet", "no table", "a.parquet cannot be read: .*magic bytes"),
