@@ -47,6 +47,12 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "memory": {"peak_bytes": {"49152": 100, "151936": 105}},
         "identity": {"samples": 256, "equal": 255, "differences": ["sample 3: a tie"]},
     },
+    "data": {
+        "rows": {"now": {"rows_per_second": [7000, 7100]}, "before": {"rows_per_second": [1400, 1500]}},
+        "rank": {"now": {"seconds": [0.7, 0.8]}, "before": {"seconds": [25.0, 26.0]}},
+        "launch": {"now": {"second": [0.0, 0.1]}, "before": {"second": [0.8, 0.9]}},
+        "memory": {"now": {"peak_mib": 1200.0, "peak_mib_of_a_worker": 600.0}, "count": 1_000_000},
+    },
     "training": {
         "12 steps": {
             "variants": {

@@ -55,7 +55,9 @@ def divergence_rows(
             continue
         # Not q sums to one but q / sum q: a rounded normaliser moves a whole row, and would its gradient. An infinite
         # slope without weight is nothing.
-        coefficient = own.slope_coefficient if plan.by_token else torch.tensor(own.slope_coefficient).to(z)
+        coefficient = (
+            own.slope_coefficient if plan.by_token else torch.tensor(own.slope_coefficient, dtype=torch.float64).to(z)
+        )
         gradient = weighted(coefficient, slope - q * (sums[:, 3:4] / sums[:, 4:]))
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight

@@ -159,7 +159,7 @@ def gradient(
         g = torch.zeros_like(zs)
         if task.divergence is not None and zt is not None:
             slopes = tiles_eager.slopes(zs, zt, state, task.divergence, task.transforms.rate)
-            g += weighted(torch.as_tensor(task.slope_coefficient).to(g).reshape(-1, 1), slopes)
+            g += weighted(torch.as_tensor(task.slope_coefficient, dtype=torch.float64).to(g).reshape(-1, 1), slopes)
         if labels is not None:
             g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state)
         if task.transforms.softcap_s is not None:

@@ -43,11 +43,11 @@ def test_tiles_read_each_logit_once() -> None:
     kl = tile_statistics.cost(ROWS, V, teacher=True, kl=True)
     assert kl == (3 * (100 * 8 + 2 * 4 * 9 + 8), 3 * 100 * 49)
     assert tile_statistics.cost(ROWS, V, teacher=False, kl=False).bytes == 3 * (100 * 4 + 2 * 4 * 4 + 8)
-    # Four numbers of the state, two sums read and written.
-    assert tile_values.cost(ROWS, V) == (3 * (100 * 8 + 16 + 16), 3 * 100 * 10)
-    # The gradient written; a weight, six numbers of the state, a label.
+    # Five numbers of the state, two sums read and written.
+    assert tile_values.cost(ROWS, V) == (3 * (100 * 8 + 20 + 16), 3 * 100 * 10)
+    # The gradient written; a weight, seven numbers of the state, a label.
     gradient = tile_gradient.cost(ROWS, V, teacher=True, labels=True, gradient_bytes=2)
-    assert gradient == (3 * (100 * (8 + 2) + 4 + 24 + 8), 3 * 100 * 16)
+    assert gradient == (3 * (100 * (8 + 2) + 4 + 28 + 8), 3 * 100 * 16)
     assert tile_gradient.cost(ROWS, V, teacher=False, labels=True, gradient_bytes=4).bytes == 3 * (
         400 + 400 + 4 + 8 + 8
     )
