@@ -163,7 +163,7 @@ def evaluate(
         elif done.name == "held-out":
             print_outcome(Path(recipe.output), "evaluation", console)
         else:
-            print_results(results_table(done.metrics, {}), console)
+            print_results(results_table(done.metrics, {}, intervals=False), console)
             console.print(f"\nScores:   {done.folder}", highlight=False, soft_wrap=True)
 
     _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), folders)

@@ -46,7 +46,7 @@ def print_outcome(folder: Path, until: str, console: Console) -> None:
 
     if until in ("evaluation", "report"):
         run = Run.read(folder)
-        content = results_table(run.results, run.parameters)
+        content = results_table(run.results, run.parameters, intervals=False)
         print_results(content, console)
     shown = {"Student": "student", "Report": "report/index.html", "Ranking": "ranking/ranked.parquet"}
     console.print()

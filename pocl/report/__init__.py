@@ -39,8 +39,13 @@ def write_report(run_folder: str | Path) -> Path:
     return folder / "index.html"
 
 
-def results_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, int]) -> Table:
-    """The models of a run side by side, in the order teacher, student before, between and after."""
+def results_table(
+    results: Mapping[str, Mapping[str, Any]], parameters: Mapping[str, int], *, intervals: bool = True
+) -> Table:
+    """The models of a run side by side, in the order teacher, student before, between and after.
+
+    Without `intervals` the table fits a terminal of 80 columns.
+    """
     header = ["model", "parameters", "cross-entropy", "KL to teacher", "ROUGE-L", "exact match"]
     rows = []
     for key, result in results.items():
@@ -50,19 +55,19 @@ def results_table(results: Mapping[str, Mapping[str, Any]], parameters: Mapping[
             [
                 MODEL_NAMES.get(key, key),
                 f"{count / 1e6:.1f} M" if count else "",
-                _measured(result, "cross_entropy", 3),
-                _measured(result, "kl_to_teacher", 3),
-                _measured(result, "rouge_l", 4),
-                _measured(result, "exact_match", 4),
+                _measured(result, "cross_entropy", 3, intervals),
+                _measured(result, "kl_to_teacher", 3, intervals),
+                _measured(result, "rouge_l", 4, intervals),
+                _measured(result, "exact_match", 4, intervals),
             ]
         )
     strong = list(results).index("student-final") if "student-final" in results else None
     return Table(header, rows, numbers=frozenset(range(1, 6)), strong=strong)
 
 
-def _measured(result: Mapping[str, Any], measure: str, digits: int) -> str:
+def _measured(result: Mapping[str, Any], measure: str, digits: int, interval: bool) -> str:
     """The mean, with half of its 95 % interval where the samples' own values are known and differ."""
-    text, half = _number(result.get(measure), digits), half_width(result, measure)
+    text, half = _number(result.get(measure), digits), half_width(result, measure) if interval else None
     return f"{text} ± {half:.{digits}f}" if half else text
 
 
