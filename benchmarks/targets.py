@@ -396,8 +396,8 @@ DATA = Group(
             "largest process of the data step over a million rows",
             "<= 2 GB",
             part("memory", peak_memory(2e9 / 2**20)),
-            "resident memory counts pages of mapped files, which the system may take back: looking at the rows' "
-            "lengths touches every page of the stored tokens. The tables of samples are written through an index besides.",
+            "resident memory counts pages of mapped files, which the system may take back: looking at lengths "
+            "touches every page of the stored tokens. The tables of samples are written through an index besides.",
         ),
     ),
 )
