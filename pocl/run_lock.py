@@ -3,7 +3,8 @@
 The file `.lock` says who is at work: host, process, since when. The system's lock on it (`flock`) ends with its
 process, however that ends, and decides wherever it reaches: on one machine always. Between machines whose file system
 keeps such locks to itself, a sign of life decides: the holder touches the file every few seconds, and its age is read
-off the file system's own clock, so that clocks which differ do no harm.
+off the file system's own clock, so that clocks which differ do no harm. Windows has no such lock: there the number of
+the process decides, and that a file which somebody has open cannot be removed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Literal
 LOCK = ".lock"
 SIGN_OF_LIFE = 20.0  # seconds between two
 STALE_AFTER = 120.0  # seconds without one, on another machine
+_WINDOWS = os.name == "nt"
 _WRITING = 5.0  # seconds that a new file may be empty before its maker is taken for dead
 
 _held: set[int] = set()  # file descriptors; a forked child must not keep its parent's lock alive
@@ -49,7 +51,8 @@ def only_user(folder: Path) -> Iterator[None]:
     handle = _acquire(path)
     _register(handle)
     done = threading.Event()
-    pulse = threading.Thread(target=_show_life, args=(handle, done), name="pocl-lock", daemon=True)
+    shown = handle if os.utime in os.supports_fd else path
+    pulse = threading.Thread(target=_show_life, args=(shown, done), name="pocl-lock", daemon=True)
     pulse.start()
     try:
         yield
@@ -57,17 +60,19 @@ def only_user(folder: Path) -> Iterator[None]:
         done.set()
         pulse.join()
         with contextlib.suppress(OSError):  # a folder that is gone, a disk that went read-only
-            if _is_at(handle, path):
+            if _is_at(handle, path) and not _WINDOWS:
                 path.unlink()
         _held.discard(handle)
         os.close(handle)
+        if _WINDOWS:
+            _remove_closed(path)
 
 
 def user_of(folder: Path) -> dict[str, Any] | None:
     """Who works in a folder: `host`, `pid`, `since`; None if nobody does."""
     path = folder / LOCK
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDWR)
     except OSError:
         return None
     try:
@@ -87,14 +92,15 @@ def _acquire(path: Path) -> int:
     looks = 0
     for _ in range(40):
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             made = True
         except FileExistsError:
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                handle = os.open(path, os.O_RDWR)
             except FileNotFoundError:  # its holder has just left
                 continue
             made = False
+        dead = False
         try:
             if made:
                 _wait_for_lock(handle)
@@ -106,18 +112,36 @@ def _acquire(path: Path) -> int:
                 if looks > 3 and (record := _read(handle)):
                     raise FolderInUseError(_in_use(path, record))
                 time.sleep(0.1)
-            elif _is_at(handle, path):
-                # Renamed first: of several who find the same dead lock, one makes the next.
-                grave = path.with_name(f"{LOCK}-{uuid.uuid4().hex}")
-                path.rename(grave)
-                grave.unlink()
+            else:
+                dead = _is_at(handle, path)
+            if dead and not _WINDOWS:
+                _bury(path)
         except FileNotFoundError:
             pass
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+        if dead and _WINDOWS:
+            with contextlib.suppress(OSError):
+                _bury(path)
     raise FolderInUseError(_in_use(path, {}))
+
+
+def _bury(path: Path) -> None:
+    """Remove a dead lock. Renamed first: of several who find the same one, one makes the next."""
+    grave = path.with_name(f"{LOCK}-{uuid.uuid4().hex}")
+    path.rename(grave)
+    grave.unlink()
+
+
+def _remove_closed(path: Path) -> None:
+    """Remove a lock where somebody who looks at it for a moment keeps it from being removed."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+            return
+        time.sleep(0.05)
 
 
 def _in_use(path: Path, record: dict[str, Any]) -> str:
@@ -131,9 +155,11 @@ def _in_use(path: Path, record: dict[str, Any]) -> str:
 
 
 def _try_lock(handle: int) -> Literal["ours", "busy", "none"]:
-    """Take the system's lock; `none`: this file system has no locks."""
-    import fcntl
-
+    """Take the system's lock; `none`: this file system, or this system, has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return "none"
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -167,13 +193,9 @@ def _is_stale(handle: int, path: Path, lock: str) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
 
 
 def _age(handle: int, path: Path) -> float:
@@ -192,11 +214,12 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _machine() -> dict[str, str]:
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.is_file() else ""}
+    return {"host": socket.gethostname(), "boot": boot.read_text("utf-8").strip() if boot.is_file() else ""}
 
 
 def _read(handle: int) -> dict[str, Any]:
-    text = os.pread(handle, 4096, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    text = os.read(handle, 4096)
     try:
         record = json.loads(text)
     except ValueError:
@@ -206,19 +229,20 @@ def _read(handle: int) -> dict[str, Any]:
 
 def _write(handle: int) -> None:
     record = {**_machine(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv[:3]}
-    os.pwrite(handle, json.dumps(record).encode(), 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, json.dumps(record).encode())
     os.fsync(handle)
 
 
-def _show_life(handle: int, done: threading.Event) -> None:
+def _show_life(file: int | Path, done: threading.Event) -> None:
     while not done.wait(SIGN_OF_LIFE):
         with contextlib.suppress(OSError):
-            os.utime(handle)
+            os.utime(file)
 
 
 def _register(handle: int) -> None:
     global _watches_forks
-    if not _watches_forks:
+    if not _watches_forks and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
         _watches_forks = True
     _held.add(handle)

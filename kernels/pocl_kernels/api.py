@@ -334,6 +334,8 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> N
 def _check_backend(backend: str, device: torch.device) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if device.type == "mps":
+        raise ValueError("MPS has no float64, in which losses are summed: move the tensors to the CPU")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f'backend="cpu" cannot read tensors on {device}: pass backend="auto"')
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -23,12 +24,10 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
-    meminfo = Path("/proc/meminfo")
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines()) if meminfo.exists() else {}
-    free = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else 4 << 30
+    free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, max(0, int(text) - int(used.read_text())))
+    if limit.exists() and used.exists() and (text := limit.read_text("utf-8").strip()) != "max":
+        free = min(free, max(0, int(text) - int(used.read_text("utf-8"))))
     return free
 
 

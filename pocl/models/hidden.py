@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from pocl.models.wrappers import unwrapped
 
+_NEW_NAMES = {"past_key_values": "cache"}  # from transformers 5.24 on
+
 
 class _Reached(Exception):  # noqa: N818  not an error: it ends the forward where nothing more is wanted of it
     def __init__(self, hidden: Tensor) -> None:
@@ -159,12 +161,14 @@ def _is_same(a: Tensor, b: Any) -> bool:
 
 
 def _taken_by(forward: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that a forward takes.
+    """The inputs that a forward takes, by the names that it gives them.
 
     Raises:
         ValueError: it takes no mask, and the mask is not one of padding on the right, which a causal model ignores.
     """
     parameters = inspect.signature(forward).parameters
+    if "past_key_values" in inputs and "cache" in parameters and "past_key_values" not in parameters:
+        inputs = {_NEW_NAMES.get(name, name): value for name, value in inputs.items()}
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return inputs
     mask = inputs.get("attention_mask")

@@ -85,8 +85,9 @@ def flops_per_second(recipe: Recipe, size: int | None = None) -> float:
     """Of a square matrix product in the recipe's precision, on the device that trains; takes about 0.1 s."""
     import torch
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert device is not None
+    from pocl.devices import accelerator
+
+    device = accelerator() or torch.device("cpu")
     size = size or (1024 if device.type == "cpu" else 8192)
     matrix = torch.ones(size, size, device=device, dtype=getattr(torch, recipe.training.precision))
     best = float("inf")

@@ -82,13 +82,12 @@ def check_precision(recipe: Recipe) -> None:
         ValueError: 16-bit arithmetic without an accelerator, or a launcher that asks for another (see
             `check_launcher_precision`).
     """
-    import torch
-
+    from pocl.devices import accelerator
     from pocl.trainer.config import check_launcher_precision
 
     precision = recipe.training.precision
     check_launcher_precision({"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision])
-    if precision == "float16" and not torch.accelerator.is_available():
+    if precision == "float16" and accelerator() is None:
         raise ValueError(
             "training.precision is float16, which needs a GPU, and there is none here: set it to float32 "
             "(a CPU can do bfloat16, slowly)"

@@ -14,7 +14,6 @@ another text under the same number is not, and a text that occurs twice is store
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -161,14 +161,16 @@ class Store:
     @contextmanager
     def lock(self, index: int) -> Iterator[bool]:
         """Whether this process may write the shard; the system frees the lock of a process that dies."""
-        path = self.shard_path(index).with_suffix(".lock")
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
+        lock = FileLock(self.shard_path(index).with_suffix(".lock"), blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
             yield True
+        finally:
+            lock.release()
 
     def finish(self, index: Mapping[str, Any]) -> None:
         """Write the index; nobody needs the locks, nor what dead processes left half written, from then on."""
@@ -184,7 +186,7 @@ class Store:
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         save_file(tensors, temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
 

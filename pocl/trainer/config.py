@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
+from pocl.devices import accelerator
 from pocl.interval import Interval
 
 LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy", "kl_to_teacher")
@@ -90,7 +90,7 @@ class POCLConfig(TrainingArguments):
                 raise ValueError(f"save_every {error}") from None
         check_launcher_precision("bf16" if self.bf16 else "fp16" if self.fp16 else "no")
         check_reporters(self.report_to)
-        if self.fp16 and not torch.accelerator.is_available():
+        if self.fp16 and accelerator() is None:
             raise ValueError("fp16=True needs a GPU, and there is none here; set bf16=True, or train in float32")
         if self.dataloader_drop_last:
             raise ValueError("dataloader_drop_last must be False: an epoch trains on every sample of its stage once")
@@ -100,7 +100,7 @@ class POCLConfig(TrainingArguments):
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if metric in LOWER_IS_BETTER and vars(self).get("greater_is_better") is None:
             self.greater_is_better = False
-        if not torch.accelerator.is_available():
+        if accelerator() is None:
             self.use_cpu = True
         super().__post_init__()
 

@@ -16,6 +16,7 @@ from pocl.run_lock import LOCK, STALE_AFTER, FolderInUseError, only_user, user_o
 
 HOLD = """
 import sys, time
+{before}
 from pathlib import Path
 from pocl.run_lock import only_user
 with only_user(Path(sys.argv[1])):
@@ -29,8 +30,8 @@ def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """A factory: another process that works in a folder by the time the call returns."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(folder: Path, then: str = "time.sleep(60)") -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", HOLD.format(then=then), str(folder)]
+    def start(folder: Path, then: str = "time.sleep(60)", before: str = "") -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", HOLD.format(then=then, before=before), str(folder)]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         processes.append(process)
         assert process.stdout is not None
@@ -82,6 +83,31 @@ def test_a_child_that_outlives_a_killed_process_does_not_hold_its_lock(tmp_path:
     os.kill(child, signal.SIGKILL)
 
 
+@pytest.fixture
+def no_system_lock(monkeypatch: pytest.MonkeyPatch) -> str:
+    """This process finds no `flock`, as on Windows; words that do the same to another one."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    return "sys.modules['fcntl'] = None"
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_without_the_systems_lock_the_process_decides(
+    tmp_path: Path, hold: Any, no_system_lock: str, monkeypatch: pytest.MonkeyPatch, windows: bool
+) -> None:
+    monkeypatch.setattr("pocl.run_lock._WINDOWS", windows)
+    process = hold(tmp_path, before=no_system_lock)
+    message = rf"in use by process {process.pid} on host"
+    with pytest.raises(FolderInUseError, match=message), only_user(tmp_path):
+        pytest.fail("two at once")
+    process.kill()
+    process.wait()
+    assert user_of(tmp_path) is None
+    for _ in range(2):
+        with only_user(tmp_path), pytest.raises(FolderInUseError), only_user(tmp_path):
+            pytest.fail("two at once")
+    assert list(tmp_path.iterdir()) == []
+
+
 def foreign(folder: Path, seconds_ago: float) -> None:
     """The lock of a process on another machine, whose system's lock does not reach here."""
     record = {"host": "elsewhere", "boot": "other", "pid": 1, "since": "2026-01-01 00:00:00"}
@@ -110,7 +136,7 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path: Path, hold: Any) -
     dead = hold(tmp_path)
     dead.kill()
     dead.wait()
-    words = [sys.executable, "-c", HOLD.format(then="time.sleep(3)"), str(tmp_path)]
+    words = [sys.executable, "-c", HOLD.format(then="time.sleep(3)", before=""), str(tmp_path)]
     started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
     ends = [(process.communicate(), process.returncode) for process in started]
     assert sorted(code for _, code in ends) == [0, 1, 1, 1, 1, 1]

@@ -313,4 +313,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 # A forked child inherits the pool's bookkeeping but not its threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

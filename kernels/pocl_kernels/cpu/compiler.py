@@ -58,14 +58,14 @@ def divergence_source(program: Program) -> str:
         given=GIVEN | {"exp l": "q", "exp r": "p"},
     )
     given = [f"const float {name_of(node)} = uniform[{i}];" for i, node in enumerate(program.uniforms)]
-    text = (SOURCES / "divergence_rows.c").read_text()
+    text = (SOURCES / "divergence_rows.c").read_text("utf-8")
     text = text.replace("/*ROW*/", "\n    ".join(given + row))
     return text.replace("/*BODY*/", "\n            ".join(body))
 
 
 def cross_entropy_source() -> str:
     """C source of the cross-entropy row kernel."""
-    return (SOURCES / "cross_entropy_rows.c").read_text()
+    return (SOURCES / "cross_entropy_rows.c").read_text("utf-8")
 
 
 @functools.cache
@@ -92,7 +92,7 @@ def load(source: str, function: str) -> Callable[..., None] | None:
     command = compiler()
     if command is None:
         return None
-    text = (SOURCES / "prelude.h").read_text() + source
+    text = (SOURCES / "prelude.h").read_text("utf-8") + source
     key = hashlib.sha256("\0".join((text, *FLAGS, *command, _machine())).encode()).hexdigest()[:24]
     try:
         library = cache_folder() / f"{function}-{key}.so"
@@ -144,10 +144,10 @@ def _refuse_what_others_can_write(path: Path) -> None:
 def _compile(command: Sequence[str], text: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         source, result = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
-        source.write_text(text)
+        source.write_text(text, "utf-8")
         native = "-mcpu=native" if platform.machine().lower() in ("arm64", "aarch64", "ppc64le") else "-march=native"
         arguments = [*command, *FLAGS, native, str(source), "-o", str(result), "-lm"]
-        subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(arguments, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=120)
         os.replace(result, library)  # several processes may race: each writes its own file, the last rename wins
 
 
@@ -155,7 +155,7 @@ def _compile(command: Sequence[str], text: str, library: Path) -> None:
 def _machine() -> str:
     # -march=native code must not be found by another kind of processor that shares the home folder.
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         features = ""

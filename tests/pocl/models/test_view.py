@@ -92,3 +92,13 @@ def test_left_padding_needs_a_model_that_takes_a_mask(make_tiny_model: Callable[
     assert backbone_states(WithoutMask(), {"input_ids": ids, "attention_mask": right}).shape == (1, 3, 1)
     with pytest.raises(ValueError, match="padded on the right"):
         backbone_states(WithoutMask(), {"input_ids": ids, "attention_mask": left})
+
+
+def test_a_cache_is_handed_over_by_the_name_that_the_forward_has_for_it() -> None:
+    from pocl.models.hidden import _taken_by
+
+    def before(input_ids: Any, past_key_values: Any = None, **further: Any) -> None: ...
+    def since(input_ids: Any, cache: Any = None) -> None: ...
+
+    assert _taken_by(before, {"past_key_values": 1}) == {"past_key_values": 1}
+    assert _taken_by(since, {"past_key_values": 1}) == {"cache": 1}
