@@ -157,12 +157,16 @@ def hardware() -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine().split(",")[0].lower()).strip("-")
 
 
-def save_results(subject: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+def save_results(subject: str, results: dict[str, Any], folder: Path | None = None) -> Path:
     """File results by hardware and day, `<folder>/<hardware>/<date>-<subject>.json`, and return the file.
+
+    The folder is that of the environment's POCL_RESULTS when left out; else that of the checkout, or
+    `benchmark-results` here where these benchmarks are part of an installed package.
 
     `results` has a key for each thing that was measured in one go (a shape, a part of a benchmark). The day's earlier
     results under other keys stay, those under the same key are replaced. Each is filed with the machine and versions.
     """
+    folder = folder or Path(os.environ.get("POCL_RESULTS") or (RESULTS if RESULTS.is_dir() else "benchmark-results"))
     path = folder / hardware() / f"{datetime.date.today().isoformat()}-{subject}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = json.loads(path.read_text()) if path.exists() else {}

@@ -249,13 +249,25 @@ def report(
 def bench(
     context: typer.Context,
     subject: Annotated[str, typer.Argument(help="What to measure: loss, training, ...; without one, the list.")] = "",
+    as_json: _Json = False,
 ) -> None:
     """Measure on this machine: pocl's parts against their floor and their peers.
 
-    pocl bench lists the subjects; pocl bench SUBJECT --help shows the options of one.
+    pocl bench lists the subjects; pocl bench SUBJECT --help shows the options of one; --json prints the results as one
+    JSON object, for programs.
     """
-    command = shlex.join(["pocl", *sys.argv[1:]])
-    _guarded(lambda console: _run_benchmark(subject, context.args, console), command, resumes=False)
+
+    def work(console: Console) -> None:
+        from pocl.bench import run_benchmark, subjects
+
+        if subject in ("", "--help"):
+            console.print(
+                f"pocl bench SUBJECT [--json] [OPTIONS], with one of: {', '.join(subjects())}", highlight=False
+            )
+        elif (results := run_benchmark(subject, context.args, as_json=as_json)) is not None:
+            print_json(results)
+
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), resumes=False)
 
 
 @app.command()
@@ -360,26 +372,6 @@ def _guarded(
     except Exception as error:
         tell(error, command, folders)
         raise typer.Exit(exit_code(error)) from None
-
-
-def _run_benchmark(subject: str, words: Sequence[str], console: Console) -> None:
-    import runpy
-
-    root = Path(__file__).parents[1]
-    subjects = {file.stem.removeprefix("bench_"): file.stem for file in sorted(root.glob("benchmarks/bench_*.py"))}
-    if not subjects:
-        raise ValueError(
-            "the benchmarks lie in the source tree, and this package was installed without it: clone the project, run "
-            "`make setup` there, and then .venv/bin/pocl bench"
-        )
-    if subject not in subjects:
-        console.print(f"pocl bench SUBJECT [OPTIONS], with one of: {', '.join(subjects)}", highlight=False)
-        if subject not in ("", "--help"):
-            raise ValueError(f"there is no benchmark {subject!r}; there are {', '.join(subjects)}")
-        return
-    sys.path.insert(0, str(root))
-    sys.argv = [f"pocl bench {subject}", *words]
-    runpy.run_module(f"benchmarks.{subjects[subject]}", run_name="__main__")
 
 
 def quiet_libraries() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from pocl_kernels import operators
 from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.divergences import Divergence, get_divergence, require
 from pocl_kernels.head import Head, as_head, whole_tensor
-from pocl_kernels.modes import autocast_products, mode_and_workspace
+from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace
 from pocl_kernels.operators import Choices
 from pocl_kernels.output import DivergenceOutput
 from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, Inputs, compute_dtype
@@ -24,7 +23,6 @@ from pocl_kernels.scalar import weighted
 
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
-BACKENDS = ("auto", "triton", "cpu")
 
 
 def fused_linear_divergence(
@@ -97,7 +95,7 @@ def fused_linear_divergence(
     _check_numbers(temperature, ce_weight, labels)
     temperature, parameters = _by_token(student_hidden, temperature, divergence)
     _check_choices(reduction, memory, workspace_mb)
-    _check_backend(backend, student_hidden.device)
+    check_backend(backend, student_hidden.device)
     pair = teacher_hidden, teacher_head
     mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, student_hidden, student_head, pair)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
@@ -171,7 +169,7 @@ def fused_linear_cross_entropy(
     _check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
     _check_choices(reduction, memory, workspace_mb)
-    _check_backend(backend, hidden.device)
+    check_backend(backend, hidden.device)
     mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, hidden, head, None)
     if labels is None:
         raise ValueError("labels=None: a cross-entropy needs the labels, a tensor of token ids")
@@ -329,20 +327,6 @@ def _check_choices(reduction: str, memory: str, workspace_mb: float | None) -> N
         return
     if not (isinstance(workspace_mb, (int, float)) and 0 < workspace_mb < math.inf):
         raise ValueError(f"workspace_mb={workspace_mb!r} must be a positive number of MiB")
-
-
-def _check_backend(backend: str, device: torch.device) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
-    if device.type == "mps":
-        raise ValueError("MPS has no float64, in which losses are summed: move the tensors to the CPU")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f'backend="cpu" cannot read tensors on {device}: pass backend="auto"')
-    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f'backend="triton" needs tensors on a CUDA or ROCm device, got {device}; on a CPU it runs in the '
-            "interpreter, with TRITON_INTERPRET=1 set before the process starts"
-        )
 
 
 def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:

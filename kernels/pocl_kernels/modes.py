@@ -1,9 +1,10 @@
-"""Which memory mode "auto" stands for, and how large the workspace is. Traced by torch.compile: shapes and numbers."""
+"""Which memory mode "auto" stands for, how large the workspace is, and which backend can serve. Traced by torch.compile: shapes and numbers."""
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from pocl_kernels.head import Head
 from pocl_kernels.plan import Gradients, compute_dtype
 from pocl_kernels.triton_backend.layout import MIB, demand, factor_dtypes, fast_layout
 
+BACKENDS = ("auto", "triton", "cpu")
 DEFAULT_WORKSPACE_MB = {"fast": 256.0, "low": 96.0}
 MAX_WORKSPACE_MB = 8192.0  # of the default on a GPU
 MIN_GPU_ROWS = 1024
@@ -89,3 +91,18 @@ def autocast_products(device: torch.device) -> str:
     if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return ""
     return str(torch.get_autocast_dtype("cuda")).removeprefix("torch.")
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Refuse a backend that is none, or that cannot read tensors on the device, in words."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} must be one of {', '.join(BACKENDS)}")
+    if device.type == "mps":
+        raise ValueError("MPS has no float64, in which losses are summed: move the tensors to the CPU")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f'backend="cpu" cannot read tensors on {device}: pass backend="auto"')
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'backend="triton" needs tensors on a CUDA or ROCm device, got {device}; on a CPU it runs in the '
+            "interpreter, with TRITON_INTERPRET=1 set before the process starts"
+        )

@@ -341,10 +341,10 @@ def test_options_that_are_suggested_are_those_of_the_commands() -> None:
 
 
 def test_a_benchmark_that_is_stopped_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*_: Any) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pocl.cli._run_benchmark", stopped)
+    monkeypatch.setattr("pocl.bench.run_benchmark", stopped)
     monkeypatch.setattr("sys.argv", ["pocl", "bench", "loss"])
     result = pocl("bench", "loss")
     assert result.exit_code == 130
