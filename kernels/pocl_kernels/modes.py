@@ -1,4 +1,7 @@
-"""Which memory mode "auto" stands for, how large the workspace is, and which backend can serve. Traced by torch.compile: shapes and numbers."""
+"""Which memory mode "auto" stands for, how large the workspace is, and which backend can serve.
+
+Traced by torch.compile: shapes and numbers.
+"""
 
 from __future__ import annotations
 
