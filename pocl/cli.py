@@ -221,6 +221,24 @@ def status(
 
 
 @app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run whose student is an adapter, or of an adapter.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write; student-merged in the run's, or ADAPTER-merged.")
+    ] = None,
+) -> None:
+    """Write the ordinary model that an adapter (student.lora) makes of its base: it then needs no peft and no base."""
+
+    def work(console: Console) -> None:
+        from pocl.pipeline.lora import merge_student
+
+        quiet_libraries()
+        console.print(f"Merged: {merge_student(folder, output)}", highlight=False, soft_wrap=True)
+
+    _guarded(work, shlex.join(["pocl", *sys.argv[1:]]), [folder])
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")] = Path("runs/quickstart"),
     compare: Annotated[Path | None, typer.Option(help="Folder of another run, to be put beside it.")] = None,

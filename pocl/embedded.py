@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.modes import follow_umask
 from pocl.split import normalized
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def teacher_folder(cache: str | Path | None = None, *, on_convert: Callable[[str
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent))
     try:
         _convert(source, scratch)
-        scratch.chmod(0o755)  # mkdtemp's 0o700 would lock others out of a shared cache
+        follow_umask(scratch)  # mkdtemp's 0o700 would lock others out of a shared cache
         with contextlib.suppress(OSError):  # another process was faster: its files are the same
             os.replace(scratch, folder)
     finally:

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from pocl.modes import follow_umask
 from pocl.run_lock import LOCK
 
 MANIFEST = "manifest.json"
@@ -45,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield Path(name)
         with open(name, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        follow_umask(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -178,6 +179,8 @@ class RunFolder:
     def finish(self, step: str, outputs: Sequence[str], *, seconds: float, summary: Mapping[str, Any]) -> None:
         """Note that a step is done, with its files' sizes and a summary for later steps and the report."""
         record = self.record(step)
+        for output in outputs:
+            follow_umask(self.path / output)
         record |= {
             "state": "finished",
             "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),

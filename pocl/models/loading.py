@@ -5,8 +5,12 @@ Weights are read from safetensors only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import nn
 
 from pocl.models.adapters import check_adapters
 from pocl.models.faults import check_loaded, naming_faults
-from pocl.models.wrappers import peft_wrapper
+from pocl.models.wrappers import peft_wrapper, text_config, unwrapped
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -24,7 +28,7 @@ def load_causal_lm(
     source: str | Path,
     *,
     trained: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -34,7 +38,7 @@ def load_causal_lm(
         source: folder or hub id of a model, or of a PEFT adapter (`adapter_config.json`), whose base is loaded too.
         trained: keep an adapter apart from its base, ready to be trained; otherwise it is merged, so that the model is
             an ordinary one and as fast.
-        dtype: of the weights.
+        dtype: of the weights; `auto` is that of the files.
         revision: branch, tag or commit of a hub id; an adapter names that of its base itself.
         trust_remote_code: run model code that comes with the weights. Only for authors you trust.
 
@@ -130,7 +134,36 @@ def with_merged_adapters(model: Any) -> Any:
 
 
 def _merged(wrapper: Any) -> Any:
+    _untie(unwrapped(wrapper))
     return wrapper.merge_and_unload(safe_merge=True).requires_grad_(True)  # as of any model that was loaded
+
+
+def _untie(model: Any) -> None:
+    """Where a tied head or embedding has an adapter, each gets a weight of its own: only one of them changes."""
+    layers = [model.get_output_embeddings(), model.get_input_embeddings()]
+    if not any(hasattr(layer, "get_base_layer") for layer in layers):
+        return
+    head, embedding = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer for layer in layers)
+    if head is not embedding and getattr(head, "weight", None) is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        for config in (model.config, text_config(model)):
+            config.tie_word_embeddings = False
+
+
+@contextlib.contextmanager
+def of_peft() -> Iterator[None]:
+    """PEFT warns of tied heads, which are handled here, and of a name that transformers has given up."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
+
+
+def keep_base_apart(model: Any) -> Any:
+    """Let a PEFT model save its adapters alone. PEFT adds embeddings and head, gigabytes, where one has an adapter,
+    and asks the hub at every checkpoint whether they have grown."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    return model
 
 
 def _base_of(source: str | Path, settings: dict[str, Any]) -> str:
@@ -155,7 +188,9 @@ def _with_adapter(model: nn.Module, source: str | Path, trained: bool, revision:
     try:
         from peft import PeftModel
     except ModuleNotFoundError:
-        raise ValueError(f"{source} holds a PEFT adapter, and PEFT is not installed; run `pip install peft`") from None
+        raise ValueError(
+            f"{source} holds a PEFT adapter, and PEFT is not installed; run `pip install 'pocl[lora]'`"
+        ) from None
     options: dict[str, Any] = {}
     if not Path(source).is_dir():
         options["revision"] = revision
@@ -164,23 +199,26 @@ def _with_adapter(model: nn.Module, source: str | Path, trained: bool, revision:
             f"{source} holds a PEFT adapter without {_WEIGHTS}; pickled weights are not read: save it with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    _make_room(model, source)
-    adapted = PeftModel.from_pretrained(model, str(source), is_trainable=trained, **options)
+    grown = _make_room(model, source)
+    with of_peft():
+        adapted = PeftModel.from_pretrained(model, str(source), is_trainable=trained, **options)
     check_adapters(adapted)
     if trained:
-        return adapted
+        return adapted if grown else keep_base_apart(adapted)
     try:
         return _merged(adapted)
     except (AttributeError, NotImplementedError, RuntimeError):  # a kind that PEFT cannot merge runs as it is
         return adapted
 
 
-def _make_room(model: Any, source: str | Path) -> None:
+def _make_room(model: Any, source: str | Path) -> bool:
     """Rows for the tokens that were added when the adapter was trained: its tokenizer lies beside it."""
     if not (Path(source) / "tokenizer_config.json").exists():
-        return
+        return False
     from transformers import AutoTokenizer
 
     tokens = len(AutoTokenizer.from_pretrained(source))
     if tokens > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens)
+        return True
+    return False

@@ -20,7 +20,7 @@ from pocl.embedded import (
 )
 from pocl.pipeline.made import folder_of, recipe_mark, recipe_of
 from pocl.recipe import Recipe
-from pocl.recipe.sections import StudentSection, TeacherSection
+from pocl.recipe.models import StudentSection, TeacherSection
 from pocl.run_folder import fingerprint, replacing
 
 if TYPE_CHECKING:
@@ -102,8 +102,17 @@ class Context:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def load_student(self, source: str, *, trained: bool = False) -> Any:
-        """The student of a folder; where it is a PEFT adapter, merged unless it is to be trained."""
-        return self.load_model(source, self.recipe.student, trained=trained)
+        """The student of a folder; where it is a PEFT adapter, merged unless it is to be trained.
+
+        To be trained, it has the adapters that the recipe asks for, new ones where it comes without.
+        """
+        from pocl.pipeline.lora import with_lora
+
+        student = self.recipe.student
+        model = self.load_model(source, student, trained=trained)
+        if trained and student.lora and not hasattr(model, "peft_config"):
+            return with_lora(model, student.lora, seed=self.recipe.seed, revision=student.revision)
+        return model
 
     def _load_tokenizer(self) -> Any:
         from pocl.models import load_tokenizer

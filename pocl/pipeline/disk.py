@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pocl.pipeline.guess import num_parameters
+from pocl.pipeline.lora import num_trained
 from pocl.pipeline.steps import ADAPTATION, MODELS, TRAINING, WARMUP
 from pocl.recipe import Recipe
 
@@ -41,6 +42,10 @@ def disk_needs(recipe: Recipe, pending: Collection[str]) -> dict[str, int] | Non
     if not recipe.student.from_teacher:
         copies = [step for step in copies if step != MODELS]
     needs = {"students": student * len(copies)}
+    if lora := recipe.student.lora:
+        whole = student if lora.merge and TRAINING in pending else 0
+        student = BYTES["float32"] * (num_trained(recipe) or 0)
+        needs["students"] = student * len(copies) + whole
     if ADAPTATION in pending:
         needs["adapted teacher"] = teacher
     trained = [teacher] * (ADAPTATION in pending) + [student] * bool({WARMUP, TRAINING} & set(pending))

@@ -18,7 +18,7 @@ from pocl.run_folder import MANIFEST, RunFolder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from pocl.recipe.sections import StudentSection, TeacherSection
+    from pocl.recipe.models import StudentSection, TeacherSection
 
 SAMPLES = 1_000  # looked at
 
@@ -45,11 +45,16 @@ class Findings:
         except LookupError as error:
             self.unknown.append(str(error.args[0] if error.args else error))
         except ValueError as error:
-            self.problems.append(str(error))
+            self._say(self.problems, str(error))
         except OSError as error:
             said = in_words(error)
             hub = isinstance(error, ConnectionError) or "hub cannot be reached" in said or "couldn't connect" in said
-            (self.unknown if hub else self.problems).append(said)
+            self._say(self.unknown if hub else self.problems, said)
+
+    @staticmethod
+    def _say(what: list[str], text: str) -> None:
+        if text not in what:
+            what.append(text)
 
 
 def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, change: bool = False) -> Findings:

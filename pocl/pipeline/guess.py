@@ -10,7 +10,7 @@ from typing import Any
 from pocl.embedded import EMBEDDED, evenly_spaced, shortened, teacher_folder
 from pocl.pipeline.made import folder_of, recipe_of
 from pocl.recipe import Recipe
-from pocl.recipe.sections import StudentSection, TeacherSection
+from pocl.recipe.models import StudentSection, TeacherSection
 
 CHARACTERS_PER_TOKEN = 4.0  # of English in the usual vocabularies
 EFFICIENCY = 0.5  # of a training step against one large matrix product
@@ -40,12 +40,18 @@ def seconds_per_step(recipe: Recipe, texts: Iterable[str], *, cached: bool) -> f
 
 def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
     """Parameters by the model's configuration alone; None where that is not on this machine."""
+    model = skeleton(recipe, student=student)
+    return None if model is None else sum(parameter.numel() for parameter in model.parameters())
+
+
+def skeleton(recipe: Recipe, *, student: bool) -> Any:
+    """The model without weights, by its configuration alone; None where that is not on this machine."""
     import torch
     from transformers import AutoModelForCausalLM
 
     other = recipe_of(recipe.student.model if student else recipe.teacher.model)
     if other is not None:
-        return num_parameters(other, student=True)  # whether it is made or not
+        return skeleton(other, student=True)  # whether it is made or not
     section: TeacherSection | StudentSection = recipe.teacher
     if student and recipe.student.model:
         section = recipe.student
@@ -58,8 +64,7 @@ def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
                 config, evenly_spaced(total, cut) if cut else [i for i in range(total) if i not in dropped]
             )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
-        return sum(parameter.numel() for parameter in model.parameters())
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     return None
 
 

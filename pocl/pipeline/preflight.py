@@ -10,7 +10,7 @@ from pocl.recipe import Recipe
 
 if TYPE_CHECKING:
     from pocl.pipeline.context import Context
-    from pocl.recipe.sections import StudentSection, TeacherSection
+    from pocl.recipe.models import StudentSection, TeacherSection
 
 
 def check_settings(recipe: Recipe, pending: Collection[str]) -> None:
@@ -26,6 +26,7 @@ def check_settings(recipe: Recipe, pending: Collection[str]) -> None:
     if not {"adaptation", "warm-up", "training"} & set(pending):
         return
     from pocl.pipeline.extra import check_extra
+    from pocl.pipeline.lora import check_lora
     from pocl.trainer.config import check_reporters
 
     check_extra(recipe.training.extra)
@@ -33,7 +34,8 @@ def check_settings(recipe: Recipe, pending: Collection[str]) -> None:
         check_reporters(recipe.training.report_to)
     except ValueError as error:
         raise ValueError(f"training.{error}") from error
-    if recipe.student.dtype == "float16":
+    check_lora(recipe)
+    if recipe.student.dtype == "float16" and not recipe.student.lora:  # adapters are float32 in any case
         raise ValueError(
             "student.dtype is float16, in which steps of the optimizer are lost: leave it at float32, and set "
             "training.precision for the arithmetic"

@@ -10,6 +10,7 @@ from pocl.pipeline.context import source_fingerprint
 from pocl.pipeline.curricula import curriculum_of
 from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
+from pocl.pipeline.lora import lora_settings
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
 from pocl.pipeline.subsets import takes_ranking
 from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, train_curriculum, warm_up
@@ -27,6 +28,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
         content: gives what stands for the content of a model (name, revision) or of a data set (name).
     """
     values = recipe.model_dump(mode="json")
+    values["student"].pop("lora")  # which matters where it is trained
     seed = {"seed": recipe.seed}
     data = recipe.data.model_dump(mode="json")
     student_content = recipe.student.model and content(recipe.student.model, recipe.student.revision)
@@ -100,7 +102,12 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 shared=True,
                 outputs=["warmup"],
                 needs=list(before),
-                settings={**_part(values, "warmup"), "training": in_all_stages(values), **seed},
+                settings={
+                    **_part(values, "warmup"),
+                    "training": in_all_stages(values),
+                    **lora_settings(recipe),
+                    **seed,
+                },
             )
         )
         before.append(WARMUP)
@@ -132,6 +139,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             settings={
                 **_part(values, "curriculum", "loss", "on_policy", "training"),
                 "refresh": recipe.ranking.refresh,
+                **lora_settings(recipe, merge=True),
                 **seed,
             },
         ),

@@ -15,6 +15,7 @@ from pocl.data.tables import arrow_column, arrow_table
 from pocl.pipeline.context import Context, in_memory, read_parquet, write_parquet
 from pocl.pipeline.corpus import criteria_without_answers
 from pocl.pipeline.curricula import batch_size_of, curriculum_of, teacher_passes
+from pocl.pipeline.lora import merged_by
 from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
 from pocl.recipe import Recipe
 from pocl.run_folder import write_text
@@ -224,7 +225,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
         on_policy_replay=recipe.on_policy.replay,
     )
     trainer.train()
-    _save(trainer, context.path / "student", title=recipe.name)
+    _save(trainer, context.path / "student", title=recipe.name, merged=merged_by(recipe))
     _remove_stages(folder)
     return {
         "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
@@ -338,8 +339,13 @@ def adapt_teacher(context: Context) -> Mapping[str, Any]:
     return {"steps": trainer.state.global_step, "note": _loss_note(folder, "cross_entropy", "Cross-entropy")}
 
 
-def _save(trainer: Any, folder: Path, *, title: str | None = None) -> None:
-    """Write the student, its tokenizer and, under a title, a card; the folder is there in full or not at all."""
+def _save(
+    trainer: Any, folder: Path, *, title: str | None = None, merged: Callable[[Path, Path], None] | None = None
+) -> None:
+    """Write the student, its tokenizer and, under a title, a card; the folder is there in full or not at all.
+
+    `merged` makes an ordinary model of the folder of an adapter.
+    """
     from pocl.generation import end_tokens
     from pocl.trainer.card import distillation_section
     from pocl.trainer.weights import name_ends, save_weights
@@ -350,6 +356,11 @@ def _save(trainer: Any, folder: Path, *, title: str | None = None) -> None:
     save_weights(trainer, scratch)
     if trainer.is_world_process_zero():
         name_ends(scratch, end_tokens(trainer.model, trainer.processing_class))
+        if merged:
+            apart = scratch.rename(folder.with_name(f".{folder.name}-apart"))
+            shutil.rmtree(scratch, ignore_errors=True)
+            merged(apart, scratch)
+            shutil.rmtree(apart)
         if title:
             write_text(scratch / "README.md", f"# {title}\n{distillation_section(trainer)}")
         shutil.rmtree(folder, ignore_errors=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pocl.recipe.sections import SHORTHAND, Recipe
 from pocl.run_folder import MANIFEST, RECIPE
@@ -89,23 +90,30 @@ def build_recipe(values: Mapping[str, Any], overrides: Sequence[str] = (), *, or
     """A recipe from nested values and command-line overrides (see `load_recipe`); `origin` names it in errors."""
     merged = {str(key): dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for key, value in parse_overrides(overrides).items():
+        _set(merged, key.split("."), value)
         section, _, leaf = key.rpartition(".")
-        if not section:
-            merged[leaf] = value
-            continue
-        current = merged.get(section)
-        if isinstance(current, str) and section in SHORTHAND:
-            current = {SHORTHAND[section]: current}
-        if not isinstance(current, Mapping | None):
-            continue  # a section that is none, which is told below
-        merged[section] = {**(current or {}), leaf: value}
         if section == "student" and value is not None and leaf in (sources := ("model", "cut", "drop")):
-            merged[section] |= {other: None for other in sources if other != leaf}  # they exclude each other
+            for other in sources:  # they exclude each other
+                _set(merged, [section, other], value if other == leaf else None)
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
         problems = [_problem(detail) for detail in error.errors()]
         raise RecipeError("\n".join([f"{origin}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)])) from None
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set `values[path[0]][path[1]]...` where all before the last are sections; what is none is told later."""
+    name, *rest = path
+    if not rest:
+        values[name] = value
+        return
+    current = values.get(name)
+    if isinstance(current, str) and name in SHORTHAND:
+        current = {SHORTHAND[name]: current}
+    if isinstance(current, Mapping | None):
+        values[name] = dict(current or {})
+        _set(values[name], rest, value)
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -161,20 +169,30 @@ def _shipped_folders() -> list[Path]:
 
 
 def known_keys() -> list[str]:
-    """Every settable key, dotted: `seed`, `teacher.model`, ..."""
-    keys: list[str] = []
-    for name, section in _sections().items():
-        keys += [f"{name}.{leaf}" for leaf in section.model_fields] if section else [name]
-    return keys
+    """Every settable key, dotted: `seed`, `teacher.model`, `student.lora`, `student.lora.r`, ..."""
+    return [key for key, _ in _fields()]
+
+
+def _fields(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every settable key with its field. A section within a section may be left out, and so is a key, too."""
+    for name, field in model.model_fields.items():
+        section = _section_of(field)
+        if section is None or prefix:
+            yield f"{prefix}{name}", field
+        if section is not None:
+            yield from _fields(section, f"{prefix}{name}.")
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds, or may hold; None for a plain value."""
+    kinds = typing.get_args(field.annotation) or (field.annotation,)
+    kinds = kinds if type(None) in kinds or len(kinds) == 1 else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _sections() -> dict[str, type[BaseModel] | None]:
     """Top-level keys with the model of their section, None for plain values."""
-    found: dict[str, type[BaseModel] | None] = {}
-    for name, field in Recipe.model_fields.items():
-        kind = field.annotation
-        found[name] = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-    return found
+    return {name: _section_of(field) for name, field in Recipe.model_fields.items()}
 
 
 def _full_key(key: str) -> str:
@@ -231,8 +249,8 @@ def _problem(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key{_suggestion(where)}"
-    if detail["type"] == "model_type" and where in _sections():
-        there = [name.partition(".")[2] for name in known_keys() if name.startswith(f"{where}.")]
+    there = [name.removeprefix(f"{where}.") for name in known_keys() if name.startswith(f"{where}.")]
+    if detail["type"] == "model_type" and there:
         return (
             f"{where}: is a section, got {detail['input']!r}; write `{where}:` and below it any of {', '.join(there)}"
         )
@@ -252,13 +270,10 @@ def describe_keys(part: str = "") -> list[tuple[str, str, str]]:
         RecipeError: there is no such section or key.
     """
     rows: list[tuple[str, str, str]] = []
-    for name, section in _sections().items():
-        fields = section.model_fields if section else {name: Recipe.model_fields[name]}
-        for leaf, field in fields.items():
-            default = "required" if field.is_required() else field.default
-            key = f"{name}.{leaf}" if section else name
-            meaning = " ".join((field.description or "").split())
-            rows.append((key, str(default), _choices(field.annotation) + meaning))
+    for key, field in _fields():
+        default = "required" if field.is_required() else field.default
+        meaning = " ".join((field.description or "").split())
+        rows.append((key, str(default), _choices(field.annotation) + meaning))
     if not part:
         return rows
     chosen = [row for row in rows if row[0] == part or row[0].startswith(f"{part}.")]

@@ -6,7 +6,6 @@ Defaults are the paper's GPT-2 run (arXiv 2506.05695) wherever it says something
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,9 +22,9 @@ from pydantic import (
 )
 
 from pocl.recipe.comparing import CompareSection, Section
+from pocl.recipe.models import Dtype, StudentSection, TeacherSection
 from pocl.recipe.training import Fraction, TrainingSection, as_tuple
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceName = Literal[
     "fkl", "rkl", "skew_fkl", "skew_rkl", "jsd", "tvd", "jeffreys", "alpha", "alpha_beta", "mixed_kl"
 ]
@@ -37,78 +36,6 @@ SkewSchedule = Annotated[
     tuple[Annotated[float, Field(ge=0.0, lt=1.0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
 ]
 FractionSchedule = Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple), Field(min_length=1)]
-
-
-class TeacherSection(Section):
-    """The model to learn from. A plain string stands for `model`."""
-
-    model: str = "embedded"
-    """Hub id, folder, or `embedded` for SmolLM2-135M-Instruct from the Python registry."""
-    adapt_epochs: NonNegativeInt = 0
-    """Passes over the training samples that fine-tune the teacher on the references first, as the paper does."""
-    adapt_learning_rate: PositiveFloat = 3e-5
-    """Peak of the teacher's learning rate, cosine to 0."""
-    dtype: Dtype = "float32"
-    """Number format of the weights in memory."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the weights. Only for authors you trust."""
-
-
-def _as_layers(value: Any) -> Any:
-    """`10-19,25`, a number or a list of both, as the numbers they stand for, ascending."""
-    if value is None or isinstance(value, bool):
-        return value
-    parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    found: list[int] = []
-    for part in map(str, parts):
-        limits = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        first, last = (int(limits[1]), int(limits[2] or limits[1])) if limits else (0, -1)
-        if last < first:
-            raise ValueError(
-                f"{part!r} is no layer and no range of layers; write 12, 10-19 or 10-19,25, counted from 0"
-            )
-        found += range(first, last + 1)
-    if twice := sorted({layer for layer in found if found.count(layer) > 1}):
-        raise ValueError(f"layer {twice[0]} is named twice; name each once")
-    return tuple(sorted(found))
-
-
-Layers = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_as_layers), Field(min_length=1)]
-
-
-class StudentSection(Section):
-    """The model to train: one of your own, or layers cut from the teacher. A plain string stands for `model`."""
-
-    model: str | None = None
-    """Hub id or folder of a student of your own, with the teacher's tokenizer, or `recipe:NAME`: the student that this
-    recipe makes, made at the first use and kept in pocl's cache folder."""
-    cut: PositiveInt | None = None
-    """Instead of `model`: this many evenly spaced layers of the teacher."""
-    drop: Layers | None = None
-    """Instead of `model`: the teacher without these layers, counted from 0, as in `10-19`, `4,7` or `10-19,25`. The
-    middle ones are missed least."""
-    dtype: Dtype = "float32"
-    """Number format of the weights in memory; keep float32 for training and set `training.precision`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the weights. Only for authors you trust."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> StudentSection:
-        if sum(source is not None for source in (self.model, self.cut, self.drop)) != 1:
-            raise ValueError(
-                "name one of `model` (a student of your own), `cut` (how many layers of the teacher to keep) and "
-                "`drop` (which layers of the teacher to leave out)"
-            )
-        return self
-
-    @property
-    def from_teacher(self) -> bool:
-        """Whether the student is made of the teacher's layers."""
-        return self.model is None
 
 
 class DataSection(Section):

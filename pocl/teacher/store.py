@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocl.heads import IGNORE_INDEX
+from pocl.modes import follow_umask
 from pocl_kernels import Head
 
 FORMAT = 1
@@ -186,6 +187,7 @@ class Store:
     def _save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         save_file(tensors, temporary)
+        follow_umask(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

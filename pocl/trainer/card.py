@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from pocl.models.wrappers import peft_wrapper
+
 _TEXT = """
 ## Distillation
 
@@ -12,7 +14,7 @@ Distilled from a larger model along a curriculum with [POCL](https://arxiv.org/a
 harder ones added stage by stage, while the temperature of the softmaxes rises.
 
 - loss: {divergence}, temperature and weights by stage as below{squared}
-- batches of {batch_size} samples{on_policy}
+- batches of {batch_size} samples{on_policy}{adapters}
 
 ```
 {table}
@@ -43,6 +45,21 @@ def distillation_section(trainer: Any) -> str:
         squared=", multiplied by the squared temperature" if args.scale_by_temperature else "",
         batch_size=trainer.batch_size,
         on_policy=f", {args.on_policy:.0%} of them with responses of the student's own" if args.on_policy else "",
+        adapters=_adapters(trainer.model),
         table=curriculum.describe(trainer.subsets, trainer.batch_size, args.learning_rate),
         results="\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n",
     )
+
+
+def _adapters(model: Any) -> str:
+    """What was trained in place of the weights."""
+    config = (getattr(peft_wrapper(model), "peft_config", None) or {}).get("default")
+    if config is None:
+        return ""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kind = "DoRA" if getattr(config, "use_dora", False) else str(getattr(config.peft_type, "value", config.peft_type))
+    kind = "LoRA" if kind == "LORA" else kind
+    rank = f" of rank {config.r}" if getattr(config, "r", None) else ""
+    scale = f", alpha {config.lora_alpha:g}" if getattr(config, "lora_alpha", None) else ""
+    targets = sorted({name.rpartition(".")[2] for name in config.target_modules or ()})
+    return f"\n- {kind} adapters{rank}{scale} on {', '.join(targets)}: {trained:,} numbers trained, all else frozen"

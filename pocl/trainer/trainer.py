@@ -20,6 +20,7 @@ from pocl import heads
 from pocl.curriculum import Curriculum, Stage
 from pocl.data import Collator
 from pocl.interval import Interval
+from pocl.modes import follow_umask
 from pocl.teacher import Teacher
 from pocl.trainer.callbacks import Convergence, StageBar
 from pocl.trainer.card import distillation_section
@@ -219,9 +220,12 @@ class POCLTrainer(StagedTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.guard.check()
+        folder = Path(self._get_output_dir(), f"checkpoint-{self.state.global_step}")
         if self.on_policy is not None:
-            self.on_policy.save(Path(self._get_output_dir(), f"checkpoint-{self.state.global_step}"))
+            self.on_policy.save(folder)
         super()._save_checkpoint(model, trial)
+        if self.accelerator.is_main_process:
+            follow_umask(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

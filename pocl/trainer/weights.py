@@ -11,6 +11,8 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers.utils import logging
 
+from pocl.modes import follow_umask
+
 
 def save_weights(trainer: Any, folder: Path) -> None:
     """Write the student and its tokenizer; called on every process, as sharded weights are gathered.
@@ -27,6 +29,7 @@ def save_weights(trainer: Any, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(folder)
+        follow_umask(folder)
 
 
 def name_ends(folder: Path, ends: Sequence[int]) -> None:
