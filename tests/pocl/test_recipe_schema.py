@@ -94,10 +94,10 @@ def test_what_the_models_refuse_in_one_key_is_refused(section: str) -> None:
 def test_every_key_has_its_type_and_its_description() -> None:
     schema = recipe_schema()
     for key in known_keys():
-        section, _, leaf = key.rpartition(".")
+        *sections, leaf = key.split(".")
         model = schema
-        if section:
-            name = re.search(r"#/\$defs/(\w+)", str(schema["properties"][section]))
+        for section in sections:
+            name = re.search(r"#/\$defs/(\w+)", str(model["properties"][section]))
             assert name
             model = schema["$defs"][name[1]]
         assert leaf in model["properties"], key
