@@ -128,7 +128,7 @@ class StagedTrainer(Trainer):
         Sharding engines wrap the model anew for training, and are left alone.
         """
         first = self.curriculum.stages[0].index
-        begun = self.progress.finished(first) is not None or self.progress.newest_checkpoint(first) is not None
+        begun = self.progress.finished(first) is not None or self._to_go_on_from(first) is not None
         evaluates = self.eval_dataset is not None and self.args.eval_on_start
         if begun or not evaluates or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
@@ -140,7 +140,7 @@ class StagedTrainer(Trainer):
     def _train_stage(self, stage: Stage, base_args: Any) -> tuple[TrainOutput, FinishedStage]:
         """One call of `Trainer.train`, from the stage's newest whole checkpoint if it has one."""
         self._enter(stage, base_args)
-        checkpoint = self.progress.newest_checkpoint(stage.index)
+        checkpoint = self._to_go_on_from(stage.index)
         resumed = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.accelerator.is_main_process:
             self.progress.clean(stage.index)
@@ -163,6 +163,10 @@ class StagedTrainer(Trainer):
                 )
                 raise
         return output, self._finish(stage)
+
+    def _to_go_on_from(self, index: int) -> Path | None:
+        """The newest whole checkpoint of a stage; weights without their optimizer's state are none: it starts anew."""
+        return None if self.args.save_only_model else self.progress.newest_checkpoint(index)
 
     def _rank_again(self, index: int) -> None:
         """Deal the samples to this stage and those after it by the student as it is."""

@@ -51,7 +51,11 @@ def run(
     from pocl.trainer import POCLTrainer
 
     def train(
-        folder: str, curriculum: Curriculum, callback: Any = None, before: Callable[[], None] | None = None
+        folder: str,
+        curriculum: Curriculum,
+        callback: Any = None,
+        before: Callable[[], None] | None = None,
+        **options: Any,
     ) -> Any:
         if before is not None:
             before()
@@ -68,6 +72,7 @@ def run(
             eval_steps=2,
             load_best_model_at_end=evaluated,
             learning_rate=3e-2,
+            **options,
         )
         trainer = POCLTrainer(
             model,
@@ -105,6 +110,17 @@ def test_killed_at_any_step_it_ends_in_the_same_bits(name: str, run: Any, tmp_pa
     logs = [(tmp_path / folder / "log.jsonl").read_text().splitlines() for folder in ("whole", "cut")]
     steps = [[json.loads(line)["step"] for line in log if '"loss"' in line] for log in logs]
     assert steps[0] == steps[1] == sorted(steps[0])
+
+
+def test_with_weights_alone_a_stage_that_was_cut_off_starts_anew_in_the_same_bits(run: Any) -> None:
+    whole = run("whole", CURRICULA["fresh"], save_only_model=True)
+    for event, number in KILLS[2:]:
+
+        def cut(event: str = event, number: int = number) -> None:
+            run("cut", CURRICULA["fresh"], DieAt(event, number), save_only_model=True)
+
+        assert in_a_child(cut) == -signal.SIGKILL
+    assert torch.equal(run("cut", CURRICULA["fresh"], save_only_model=True), whole)
 
 
 @pytest.mark.parametrize("what", ["save_pretrained", "optimizer", "state", "student", "finished"])
