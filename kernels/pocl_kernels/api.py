@@ -18,7 +18,15 @@ from pocl_kernels.head import Head, as_head, whole_tensor
 from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace
 from pocl_kernels.operators import Choices
 from pocl_kernels.output import DivergenceOutput
-from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, Inputs, compute_dtype
+from pocl_kernels.plan import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    DIVERGENCE,
+    ENTROPY,
+    TEACHER_ENTROPY,
+    Inputs,
+    compute_dtype,
+)
 from pocl_kernels.scalar import weighted
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -143,7 +151,8 @@ def fused_linear_divergence(
     parts = [_reduce(x, row_scale, reduction) for x in results.unbind()]
     if reduction == "none":
         loss, *parts = (x.reshape(shape) for x in (loss, *parts))
-    return DivergenceOutput(loss, parts[0], None if labels is None else parts[1], parts[2], count)
+    ce, accuracy = (None, None) if labels is None else (parts[CROSS_ENTROPY], parts[ACCURACY])
+    return DivergenceOutput(loss, parts[DIVERGENCE], ce, parts[ENTROPY], count, parts[TEACHER_ENTROPY], accuracy)
 
 
 def fused_linear_cross_entropy(

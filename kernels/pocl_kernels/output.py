@@ -10,8 +10,8 @@ from torch import Tensor
 class DivergenceOutput(NamedTuple):
     """Result of :func:`pocl_kernels.fused_linear_divergence`; all but ``loss`` are detached. A named tuple.
 
-    Under ``reduction="mean"`` every entry is in nats per valid token, under ``"none"`` it has the shape of the tokens
-    with 0 where the label is ignored. Token weights and the normaliser apply to all entries alike.
+    Under ``reduction="mean"`` losses and entropies are in nats per valid token, under ``"none"`` they have the shape
+    of the tokens, with 0 where the label is ignored. Token weights and the normaliser apply to all entries alike.
     """
 
     loss: Tensor
@@ -26,3 +26,7 @@ class DivergenceOutput(NamedTuple):
     """Entropy of the student's distribution at the given temperature."""
     num_tokens: Tensor
     """Number of tokens whose label is not ignored, int64 scalar."""
+    teacher_entropy: Tensor
+    """Entropy of the teacher's distribution at the given temperature, which is the divergence's, as the student's."""
+    accuracy: Tensor | None
+    """Whether the student gives no token more probability than the label, 1 or 0; None without labels."""

@@ -96,8 +96,8 @@ class Inputs(NamedTuple):
 
 
 # Rows of :attr:`Rows.results`.
-DIVERGENCE, CROSS_ENTROPY, ENTROPY = range(3)
-RESULTS = 3
+DIVERGENCE, CROSS_ENTROPY, ENTROPY, TEACHER_ENTROPY, ACCURACY = range(5)
+RESULTS = 5
 
 
 class Rows(NamedTuple):

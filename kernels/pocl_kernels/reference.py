@@ -109,11 +109,12 @@ def fused_linear_divergence(
     l = log_probabilities(hs, student_head, temperature, vocab_size)
     r = log_probabilities(ht, teacher_head, temperature, vocab_size).detach()
     d = divergence_rows(divergence, l, r, **parameters)
-    entropy = -torch.where(l.exp() > 0, l.exp() * l, 0.0).sum(-1)
-    ce = None
+    entropy, teacher_entropy = (-torch.where(x.exp() > 0, x.exp() * x, 0.0).sum(-1) for x in (l, r))
+    ce = accuracy = None
     if labels is not None:
         l1 = log_probabilities(hs, student_head, 1.0, vocab_size)
         ce = -l1.gather(-1, labels.reshape(-1)[valid][:, None]).squeeze(-1)
+        accuracy = (-ce == l1.amax(-1)).double()
     loss = d * (temperature**2 if scale_by_temperature else 1.0)
     if ce is not None:
         loss = (1 - ce_weight) * loss + ce_weight * ce
@@ -135,6 +136,8 @@ def fused_linear_divergence(
         "divergence": reduce(d),
         "cross_entropy": reduce(ce),
         "student_entropy": reduce(entropy),
+        "teacher_entropy": reduce(teacher_entropy),
+        "accuracy": reduce(accuracy),
     }
     parts = {k: v if k == "loss" or v is None else v.detach() for k, v in parts.items()}
     return DivergenceOutput(**parts, num_tokens=torch.tensor(count))  # type: ignore[arg-type]

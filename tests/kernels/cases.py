@@ -142,6 +142,8 @@ class Solution:
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    teacher_entropy: Tensor | None = None
+    accuracy: Tensor | None = None
 
     GRADIENTS = ("hidden", "weight", "bias")
 
@@ -183,7 +185,8 @@ def solve(
         out.loss.backward(torch.as_tensor(upstream, dtype=out.loss.dtype).expand(out.loss.shape))
     grads = {name: None if leaf is None else leaf.grad for name, leaf in leaves.items()}
     parts = (None if x is None else x.detach() for x in out[:4])
-    return Solution(*parts, **grads)
+    more = (None if x is None else x.detach() for x in (out.teacher_entropy, out.accuracy))
+    return Solution(*parts, *grads.values(), *more)
 
 
 @functools.lru_cache(maxsize=256)
@@ -228,7 +231,9 @@ def pytorch(
         d = _textbook(divergence, l, r).mean()
         ce = F.cross_entropy(z, labels[valid])
         entropy = -(l.exp() * l).sum(-1).mean()
-        return pocl_kernels.DivergenceOutput(d * temperature**2, d, ce, entropy, valid.sum())
+        teacher_entropy = -(r.exp() * r).sum(-1).mean()
+        accuracy = (z.argmax(-1) == labels[valid]).double().mean()
+        return pocl_kernels.DivergenceOutput(d * temperature**2, d, ce, entropy, valid.sum(), teacher_entropy, accuracy)
 
     return solve(loss, case, **arguments)
 

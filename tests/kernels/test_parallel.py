@@ -50,8 +50,8 @@ def _errors(rank: int, world_size: int, name: str, memory: str) -> list[float]:
     settings |= {"memory": memory, "process_group": dist.group.WORLD, "workspace_mb": WORKSPACE_MB}
     output = pocl_kernels.fused_linear_divergence(local[0], head, teacher, teacher_weight[part], **settings)
     hidden_gradient, *head_gradients = torch.autograd.grad(oracle.loss, whole)
-    expected = [*oracle[:4], hidden_gradient, *(g[part] for g in head_gradients)]
-    results = [*output[:4], *torch.autograd.grad(output.loss, local)]
+    expected = [*oracle[:4], *oracle[5:], hidden_gradient, *(g[part] for g in head_gradients)]
+    results = [*output[:4], *output[5:], *torch.autograd.grad(output.loss, local)]
     return [reference.relative_error(a, b) for a, b in zip(results, expected, strict=True)]
 
 

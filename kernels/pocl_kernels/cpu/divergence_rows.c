@@ -1,11 +1,11 @@
-/* Rows of student and teacher projections -> divergence, cross-entropy, entropy, and the gradient in place.
+/* Rows of student and teacher projections -> divergence, cross-entropy, entropies, accuracy, and the gradient in place.
  *
  *   u = z_s / T, v = z_t / T;  l = u - lse(u), r = v - lse(v);  D = sum value(l, r), c = sum slope(l, r)
  *   dL/dz_s = w [A (slope - q c) + B (q_1 - 1[label])],  A = d_coef, B = ce_coef, q_1 = softmax(z_s)
  *
  * zs, zt [rows, V]: student and teacher projections, overwritten (zs by the gradient if want_grad, zt by scratch).
  * One row at a time through three passes; a row pair of 8 V bytes is read from memory once and then from cache.
- * Pass 1: both normalisers and, in scratch, the unnormalised softmaxes: 2 exponentials. Pass 2: D, c and, in place, q and
+ * Pass 1: both normalisers, entropies and, in scratch, the unnormalised softmaxes: 2 exponentials. Pass 2: D, c and, in place, q and
  * the part of the gradient that needs no c. Pass 3: one multiply-add. The code between the markers is printed from the divergence's definition. */
 
 INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, float scale, int64_t label, float w, float A,
@@ -17,7 +17,7 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
     const float z_label = with_ce ? zs[label] : 0.0f;
     const float inv_softcap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
     const float wA = w * A, wB = w * B, to_q1 = (float)(1.0 / S1.sum);
-    double D = 0.0, c = 0.0, H = 0.0;
+    double D = 0.0, c = 0.0;
     float jacobian_label = scale;
     if (with_ce && softcap > 0.0f) jacobian_label = scale * (1.0f - z_label * inv_softcap * z_label * inv_softcap);
     /* The anchor: l and r of the student's most probable token, to which all slopes are relative. */
@@ -31,8 +31,8 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
         const int64_t end = b + BLOCK < V ? b + BLOCK : V;
         const float to_q = (float)(exp((double)shift_s[b / BLOCK] - (double)S.max) / S.sum);
         const float to_p = (float)(exp((double)shift_t[b / BLOCK] - (double)R.max) / R.sum);
-        float Db = 0.0f, cb = 0.0f, h = 0.0f;
-#pragma omp simd reduction(+ : Db, cb, h)
+        float Db = 0.0f, cb = 0.0f;
+#pragma omp simd reduction(+ : Db, cb)
         for (int64_t j = b; j < end; j++) {
             const float z = zs[j];
             const float l = (z * inv_T - S.max) - S.log_sum;
@@ -42,7 +42,6 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
             /*BODY*/
             Db += value;
             cb += slope;
-            h -= q == 0.0f ? 0.0f : q * l;
             if (want_grad) {
                 const float zc = softcap > 0.0f ? z * inv_softcap : 0.0f;  /* -inf * 0 would be NaN */
                 const float J = scale * (1.0f - zc * zc);
@@ -54,7 +53,6 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
         }
         D += (double)Db;
         c += (double)cb;
-        H += (double)h;
     }
     if (want_grad) {
         const float wAc = wA == 0.0f ? 0.0f : (float)((double)wA * c);
@@ -64,10 +62,13 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
     }
     out[0] = (float)D;
     out[1] = with_ce ? (S1.max - z_label) + S1.log_sum : 0.0f;
-    out[2] = (float)H;
+    out[2] = S.entropy;
+    out[3] = R.entropy;
+    out[4] = with_ce && z_label >= S1.max ? 1.0f : 0.0f;
 }
 
-/* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 3]: D, CE, entropy. scratch: 2 V floats and two a
+/* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 5]: D, CE, entropies of
+ * student and teacher, whether the label is a most probable token. scratch: 2 V floats and two a
  * block of 1024, for the caller's thread alone. rate = 1 / T, A and the n_uniform uniforms are one for all rows
  * (by_token 0) or one a row (1). */
 void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, const float *bias_s, const float *bias_t,
@@ -76,7 +77,7 @@ void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *z
                      float *scratch, float *out, int want_grad) {
     for (int64_t i = first; i < last; i++) {
         const float inv_T = rate[i * by_token], A = As[i * by_token], *uniform = uniforms + i * by_token * n_uniform;
-        float *s = zs + i * V, *t = zt + i * V, *o = out + 3 * i;
+        float *s = zs + i * V, *t = zt + i * V, *o = out + 5 * i;
         transform(s, V, bias_s, scale_s, softcap_s);
         transform(t, V, bias_t, scale_t, softcap_t);
 #define ROW(G, C, T, CG) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, uniform, scratch, o, G, C, T, CG)

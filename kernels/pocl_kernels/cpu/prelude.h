@@ -74,13 +74,14 @@ INLINE void transform(float *z, int64_t V, const float *bias, float scale, float
 
 /* log sum e^u = max + log_sum, log_sum = ln(sum), u = z * inv_T. A softmax is to be had by the sum: to round log_sum moves
  * all of a row's probabilities one way, and their gradient with them. */
-typedef struct { float max, log_sum; double sum; int64_t block; } lse_t;  /* block: starts the one with the maximum */
+typedef struct { float max, log_sum, entropy; double sum; int64_t block; } lse_t;  /* block: starts the one with the maximum */
 
 /* Online over blocks: one read of the row from memory, block maximum and sum from L1. With e: also stores
- * e^(u - shift), where shift[b] is the running maximum at block b, so that the softmax needs no second exponential. */
+ * e^(u - shift), where shift[b] is the running maximum at block b, so that the softmax needs no second exponential; and
+ * makes the softmax's entropy, log sum - (sum e^u u) / sum with u from the maximum: both parts are positive. */
 INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float *shift) {
     float m = -INFINITY;
-    double S = 0.0;
+    double S = 0.0, U = 0.0;
     int64_t block = 0;
     for (int64_t b = 0; b < V; b += BLOCK) {
         const int64_t end = b + BLOCK < V ? b + BLOCK : V;
@@ -89,26 +90,30 @@ INLINE lse_t log_sum_exp(const float *z, int64_t V, float inv_T, float *e, float
         for (int64_t j = b; j < end; j++) bm = z[j] > bm ? z[j] : bm;
         bm *= inv_T;
         if (bm > m) {
-            S *= exp((double)m - (double)bm);
+            const double fall = (double)m - (double)bm, keep = exp(fall);
+            U = S > 0.0 ? keep * (U + fall * S) : 0.0;  /* from -inf there is nothing to keep */
+            S *= keep;
             m = bm;
             block = b;
         }
         const float by = m == -INFINITY ? 0.0f : m;  /* so far only masked logits */
-        float s = 0.0f;
+        float s = 0.0f, su = 0.0f;
         if (e) {
             shift[b / BLOCK] = m;  /* not `by`: e^(0 - max) overflows where the rest is far below zero */
-#pragma omp simd reduction(+ : s)
+#pragma omp simd reduction(+ : s, su)
             for (int64_t j = b; j < end; j++) {
-                const float x = f_exp(z[j] * inv_T - by);
+                const float u = z[j] * inv_T - by, x = f_exp(u);
                 e[j] = x;
                 s += x;
+                su += x * (u < -87.3f ? -87.3f : u);  /* there x is 0, and 0 * -inf would be NaN */
             }
         } else {
 #pragma omp simd reduction(+ : s)
             for (int64_t j = b; j < end; j++) s += f_exp(z[j] * inv_T - by);
         }
         S += (double)s;
+        U += (double)su;
     }
-    const lse_t result = {m, (float)log(S), S, block};
+    const lse_t result = {m, (float)log(S), (float)(log(S) - U / S), S, block};
     return result;
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.parallel import VocabularyGroup
-from pocl_kernels.plan import Plan
+from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS, TEACHER_ENTROPY, Plan
 from pocl_kernels.scalar import weighted
 
 SUB_BLOCK_ELEMENTS = 1 << 20
@@ -24,7 +24,7 @@ def divergence_rows(
     row_scale: Tensor,  # [n]
     plan: Plan,
     want_grad: bool,
-    out: Tensor,  # [n, 3]: divergence, cross-entropy, entropy
+    out: Tensor,  # [n, RESULTS]
     group: VocabularyGroup | None = None,
 ) -> None:
     """As ``cpu/divergence_rows.c``, whole rows at a time. With a group, V is this process's share of the vocabulary."""
@@ -39,18 +39,21 @@ def divergence_rows(
         l = _log_softmax(z / own.temperature, group)
         r = _log_softmax(y / own.temperature, group)
         q, slope = l.exp(), own.divergence.relative_slope(l, r, *_anchor(l, r, group))
-        sums = torch.zeros(z.shape[0], 5, dtype=z.dtype, device=z.device)
-        sums[:, 0] = own.divergence.value(l, r).sum(-1)
-        sums[:, 2] = -weighted(q, l).sum(-1)
-        sums[:, 3] = slope.sum(-1)
-        sums[:, 4] = q.sum(-1)
+        sums = torch.zeros(z.shape[0], RESULTS + 2, dtype=z.dtype, device=z.device)  # and sums of slopes and of q
+        sums[:, DIVERGENCE] = own.divergence.value(l, r).sum(-1)
+        sums[:, ENTROPY] = -weighted(q, l).sum(-1)
+        sums[:, TEACHER_ENTROPY] = -weighted(r.exp(), r).sum(-1)
+        sums[:, RESULTS] = slope.sum(-1)
+        sums[:, RESULTS + 1] = q.sum(-1)
         if labels is not None:
             l1 = _log_softmax(z, group)
             index, inside = _local(labels[part], z.shape[1], group)
-            sums[:, 1] = -torch.where(inside, l1.gather(-1, index).squeeze(-1), 0.0)
+            sums[:, CROSS_ENTROPY] = -torch.where(inside, l1.gather(-1, index).squeeze(-1), 0.0)
         if group is not None:
             group.sum(sums)
-        out[part] = sums[:, :3]
+        if labels is not None:
+            sums[:, ACCURACY] = (-sums[:, CROSS_ENTROPY] >= _largest(l1, group)).to(z.dtype)
+        out[part] = sums[:, :RESULTS]
         if not want_grad:
             continue
         # Not q sums to one but q / sum q: a rounded normaliser moves a whole row, and would its gradient. An infinite
@@ -58,7 +61,7 @@ def divergence_rows(
         coefficient = (
             own.slope_coefficient if plan.by_token else torch.tensor(own.slope_coefficient, dtype=torch.float64).to(z)
         )
-        gradient = weighted(coefficient, slope - q * (sums[:, 3:4] / sums[:, 4:]))
+        gradient = weighted(coefficient, slope - q * (sums[:, RESULTS, None] / sums[:, RESULTS + 1, None]))
         if labels is not None and plan.ce_weight > 0:
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))
@@ -99,6 +102,10 @@ def _log_softmax(u: Tensor, group: VocabularyGroup | None) -> Tensor:
     largest = group.maximum(u.amax(-1, keepdim=True))
     total = group.sum((u - largest).exp().sum(-1, keepdim=True))
     return (u - largest) - total.log()
+
+
+def _largest(l: Tensor, group: VocabularyGroup | None) -> Tensor:
+    return l.amax(-1) if group is None else group.maximum(l.amax(-1))
 
 
 def _anchor(l: Tensor, r: Tensor, group: VocabularyGroup | None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
     CE = lse(z) - z[label];  dCE/dprojection = w (softmax(z) - 1[label]) J
 
 Shapes: logits [n, W], W = 16 stride16 >= V; gradient [n, W], in place or another dtype, or None; labels, row_scale [n];
-results [n, 3], of which the second is written. One program a row; one pass for the value, a second for the gradient.
+results [n, 5], of which the second is written. One program a row; one pass for the value, a second for the gradient.
 Bytes an entry: 4 a pass, and the gradient's size; see :func:`cost`.
 """
 
@@ -34,7 +34,7 @@ def cross_entropy_rows(
         S = add_exp(lane_max, S, z, 1.0)
         lane_max = tl.maximum(lane_max, z)
     max_z, S = join_exp(lane_max, S, 1.0)
-    tl.store(results + row * 3 + 1, (max_z - z_label) + tl.log(S))
+    tl.store(results + row * 5 + 1, (max_z - z_label) + tl.log(S))
 
     if gradient is not None:
         w = tl.load(row_scale + row).to(tl.float32)

@@ -83,6 +83,18 @@ def ratio_terms(a, b, x):
 
 
 @triton.jit
+def times_log(p, log_p):
+    """``p log_p``, p in proportion to e^log_p: 0 where that is -inf."""
+    return p * tl.maximum(log_p, -1e30)
+
+
+@triton.jit
+def by_fours(x, BLOCK: tl.constexpr):
+    """Sums of four neighbours, which are one thread's own: a running sum of them takes a quarter of its registers."""
+    return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), 1)
+
+
+@triton.jit
 def add_exp(m, S, z, rate):
     """Lane by lane: maximum and ``sum exp(rate (z - maximum))`` with one more entry, by one exponential."""
     d = z - m

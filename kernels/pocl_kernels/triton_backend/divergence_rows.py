@@ -1,14 +1,15 @@
-"""Rows of student and teacher projections -> divergence, cross-entropy, entropy, and the gradient.
+"""Rows of student and teacher projections -> divergence, cross-entropy, entropies, accuracy, and the gradient.
 
     u = z_s / T, v = z_t / T;  l = u - lse(u), r = v - lse(v);  D = sum value(l, r), c = sum slope(l, r)
     dL/dz_s = w [A (slope - q c) + B (softmax(z_s) - 1[label])] J,   A = slope_coefficient, B = ce_weight,  J =
     dz_s/dprojection
 
 Shapes: student, teacher [n, W], W = 16 stride16 >= V; gradient [n, W], in place of the student's rows or another dtype;
-labels, row_scale [n]; results [n, 3]: D, cross-entropy, entropy. One program a row, sums kept lane by lane in float32.
+labels, row_scale [n]; results [n, 5]: D, cross-entropy, the student's entropy, the teacher's, whether no token is
+likelier than the label. One program a row, sums kept lane by lane in float32.
 
 Three passes over a row: (1) both normalisers, and the student's at temperature 1 for the cross-entropy; (2) D, c and
-the entropy; (3) the gradient. Where c is known beforehand (``SLOPE_SUM``; the forward KL's is -1) pass 3 is part of
+the entropies; (3) the gradient. Where c is known beforehand (``SLOPE_SUM``; the forward KL's is -1) pass 3 is part of
 pass 2. Pass 2 goes backwards, as pass 1 left the end of the row in the GPU's cache and pass 2 leaves the beginning.
 Bytes an entry: 4 + 4 a pass, and the gradient's size; see :func:`cost`.
 """
@@ -20,6 +21,7 @@ from pocl_kernels.triton_backend.cost import Cost
 from pocl_kernels.triton_backend.device import (
     add_exp,
     anchor,
+    by_fours,
     exp,
     join_exp,
     load_logit,
@@ -27,6 +29,7 @@ from pocl_kernels.triton_backend.device import (
     log_probabilities,
     projection_gradient,
     rounded,
+    times_log,
 )
 
 BLOCK = 2048
@@ -99,12 +102,14 @@ def divergence_rows(
     log_t = tl.log(S_t)
     shift, l0, r0, d0 = anchor(max_s, max_t, log_s, log_t, tl.max(tl.where(m_s == max_s, z_t, -float("inf")), 0), inv_T)
     S_1 = join_exp(m_s, S_1, 1.0)[1]
-    tl.store(results + row * 3 + 1, (max_s - z_label) + tl.log(S_1) if labels is not None else 0.0)
+    tl.store(results + row * 5 + 1, (max_s - z_label) + tl.log(S_1) if labels is not None else 0.0)
+    tl.store(results + row * 5 + 4, tl.where(z_label >= max_s, 1.0, 0.0) if labels is not None else 0.0)
 
     # Pass 2: D, c and the entropy; the gradient too where it need not wait for c.
     D = tl.zeros([BLOCK], tl.float32)
     C = tl.zeros([BLOCK], tl.float32)
-    H = tl.zeros([BLOCK], tl.float32)
+    H_s = tl.zeros([BLOCK // 4], tl.float32)
+    H_t = tl.zeros([BLOCK // 4], tl.float32)
     last = tl.cdiv(width, BLOCK) - 1
     for block in range(0, last + 1):
         cols = (last - block) * BLOCK + tl.arange(0, BLOCK)
@@ -115,7 +120,8 @@ def divergence_rows(
         r, p = log_probabilities(zt, max_t, S_t, log_t, inv_T)
         value, slope = term(l, r, q, p, (zs - zt) * inv_T - shift, l0, r0, d0, uniforms, row)
         D += tl.where(inside, value, 0.0)
-        H -= tl.where(q == 0.0, 0.0, q * l)
+        H_s -= by_fours(times_log(q, l), BLOCK)
+        H_t -= by_fours(times_log(p, r), BLOCK)
         if SLOPE_SUM is None:
             C += tl.where(inside, slope, 0.0)
         elif gradient is not None:
@@ -125,8 +131,9 @@ def divergence_rows(
             )
             g = rounded(tl.where(inside, g, 0.0), gradient)
             tl.store(gradient + row * stride16 * 16 + cols, g, mask=cols < width)
-    tl.store(results + row * 3, tl.sum(D, 0))
-    tl.store(results + row * 3 + 2, tl.sum(H, 0))
+    tl.store(results + row * 5, tl.sum(D, 0))
+    tl.store(results + row * 5 + 2, tl.sum(H_s, 0))
+    tl.store(results + row * 5 + 3, tl.sum(H_t, 0))
 
     # Pass 3: the gradient.
     if gradient is not None and SLOPE_SUM is None:
@@ -151,13 +158,13 @@ def cost(
 ) -> Cost:
     """Bytes and flops of one launch. ``gradient_bytes``: of one entry, None without a gradient.
 
-    Bytes: both logits a pass, the gradient once, three results, the weight and the label a row; passes beyond the first
+    Bytes: both logits a pass, the gradient once, five results, the weight and the label a row; passes beyond the first
     find part of a row in the cache, so this is an upper bound. Flops are the exponentials and the multiply-adds of the
-    normalisers, entropy and gradient; the definition's own arithmetic comes on top.
+    normalisers, entropies and gradient; the definition's own arithmetic comes on top.
     """
     passes = 2 if slope_sum_known or gradient_bytes is None else 3
-    moved = rows * V * (passes * 2 * logit_bytes + (gradient_bytes or 0)) + rows * (3 * 4 + 4 + (8 if labels else 0))
-    an_entry = 2 * 6 + 8 + (6 if labels else 0)
+    moved = rows * V * (passes * 2 * logit_bytes + (gradient_bytes or 0)) + rows * (5 * 4 + 4 + (8 if labels else 0))
+    an_entry = 2 * 6 + 10 + (6 if labels else 0)
     if gradient_bytes is not None:
         an_entry += (4 if slope_sum_known else 8) + (4 if labels else 0)
     return Cost(moved, rows * V * an_entry)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.parallel import VocabularyGroup
-from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS
+from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS, TEACHER_ENTROPY
 from pocl_kernels.triton_backend import state as st
 from pocl_kernels.triton_backend import steps
 from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights
@@ -36,7 +36,7 @@ def forward(
     workspace_mb: float,
     group: VocabularyGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence, cross-entropy and entropy of the valid rows ``[3, n]``, and their state ``[STATES, n]``."""
+    """Results of the valid rows ``[RESULTS, n]``, and their state ``[STATES, n]``."""
     height, width = _shape(student, teacher, chunks, workspace_mb, group)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     states = results.new_zeros(st.STATES, chunks.count)
@@ -61,9 +61,10 @@ def forward(
             else:
                 D, c = _second_pass(steps.tiles(student, teacher, width), state, task, group)
             results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = D, c
-            results[ENTROPY, part] = st.entropy(sums)
+            results[ENTROPY : TEACHER_ENTROPY + 1, part] = st.entropies(sums)
         if labels is not None:
             results[CROSS_ENTROPY, part] = st.cross_entropy(sums)
+            results[ACCURACY, part] = st.accuracy(sums)
         states[:, part] = state
     return results, states
 
@@ -102,7 +103,7 @@ def at_once(
     workspace_mb: float,
     group: VocabularyGroup,
 ) -> tuple[Tensor, Grads]:
-    """Results of the valid rows ``[3, n]`` and the gradients, from logits that are made once."""
+    """Results of the valid rows ``[RESULTS, n]`` and the gradients, from logits that are made once."""
     weights = scaled_weights(student, row_scale, task.largest)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     whole = task
@@ -117,9 +118,10 @@ def at_once(
         st.over_processes(sums, group, task.transforms.rate)
         state = st.state_of(sums)
         results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = _second_pass([tile], state, task, group)
-        results[ENTROPY, part] = st.entropy(sums)
+        results[ENTROPY : TEACHER_ENTROPY + 1, part] = st.entropies(sums)
         if labels is not None:
             results[CROSS_ENTROPY, part] = st.cross_entropy(sums)
+            results[ACCURACY, part] = st.accuracy(sums)
         if any(student.wanted):
             _accumulate(student, tile, labels, weights[part], state, task, group)
             student.store(rows)

@@ -3,7 +3,7 @@
 With the running maxima M_s, M_t of the logits, u = (z_s - M_s) / T, v = (z_t - M_t) / T, a = e^v, b = e^u and x = u -
 v, the log-ratio of b to a, the sums of a row are
 
-    S_s = sum b     S_t = sum a     S_1 = sum e^(z_s - M_s)     U = sum b u
+    S_s = sum b     S_t = sum a     S_1 = sum e^(z_s - M_s)     U = sum b u     W = sum a v
     E = sum (b - a)     F = sum a phi(x)     R = sum b phi(-x)               phi(x) = e^x - 1 - x >= 0
 
 The last three give KL(p, q) and KL(q, p) in one pass over the vocabulary. With eps = E / S_t, so that S_s = S_t (1 +
@@ -37,12 +37,13 @@ SUM_S = tl.constexpr(2)
 SUM_T = tl.constexpr(3)
 SUM_1 = tl.constexpr(4)
 SUM_U = tl.constexpr(5)
-SUM_E = tl.constexpr(6)
-SUM_F = tl.constexpr(7)
-SUM_R = tl.constexpr(8)
-LABEL = tl.constexpr(9)  # the label's logit
-TOP = tl.constexpr(10)  # the teacher's logit where the student's is largest: the anchor's, see device.py
-SUMS = 11
+SUM_W = tl.constexpr(6)
+SUM_E = tl.constexpr(7)
+SUM_F = tl.constexpr(8)
+SUM_R = tl.constexpr(9)
+LABEL = tl.constexpr(10)  # the label's logit
+TOP = tl.constexpr(11)  # the teacher's logit where the student's is largest: the anchor's, see device.py
+SUMS = 12
 
 # Rows of the state, [STATES, n]: the first five of the sums, and
 SLOPE_SUM = tl.constexpr(5)
@@ -67,13 +68,14 @@ def raise_maxima(sums: Tensor, maxima: Tensor, rate: Any) -> None:
     raised = torch.where(old == -torch.inf, 0.0, maxima - old)
     d_s, d_t = raised * rate
     keep_s, keep_t = (-d_s).exp(), (-d_t).exp()
-    S_s, S_t, S_1, U, E, F, R = sums[SUM_S.value : LABEL.value].clone()
+    S_s, S_t, S_1, U, W, E, F, R = sums[SUM_S.value : LABEL.value].clone()
     moved, moved_f, moved_r = ratio_terms(keep_t, keep_s, d_t - d_s)
     shifted = {
         SUM_S: keep_s * S_s,
         SUM_T: keep_t * S_t,
         SUM_1: (-raised[0]).exp() * S_1,
         SUM_U: keep_s * (U - d_s * S_s),
+        SUM_W: keep_t * (W - d_t * S_t),
         SUM_E: keep_s * E + moved * S_t,
         SUM_F: keep_t * F + moved * E + moved_f * S_t,
         SUM_R: keep_s * R + moved * E + moved_r * S_s,
@@ -115,9 +117,15 @@ def cross_entropy(sums: Tensor) -> Tensor:
     return (sums[MAX_S.value] - sums[LABEL.value]) + sums[SUM_1.value].log()
 
 
-def entropy(sums: Tensor) -> Tensor:
-    """Of each row's student, tempered."""
-    return sums[SUM_S.value].log() - sums[SUM_U.value] / sums[SUM_S.value]
+def accuracy(sums: Tensor) -> Tensor:
+    """1 for each row whose label is a most probable token of the student, else 0."""
+    return (sums[LABEL.value] >= sums[MAX_S.value]).to(sums.dtype)
+
+
+def entropies(sums: Tensor) -> Tensor:
+    """Of each row's student and teacher, tempered: ``[2, n]``. Both parts are positive."""
+    S = sums[SUM_S.value : SUM_T.value + 1]
+    return S.log() - sums[SUM_U.value : SUM_W.value + 1] / S
 
 
 def anchor(state: Tensor, rate: Any) -> tuple[Tensor, Tensor]:

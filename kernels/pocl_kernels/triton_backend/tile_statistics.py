@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms
+from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms, times_log
 from pocl_kernels.triton_backend.state import (
     LABEL,
     MAX_S,
@@ -23,6 +23,7 @@ from pocl_kernels.triton_backend.state import (
     SUM_S,
     SUM_T,
     SUM_U,
+    SUM_W,
     TOP,
 )
 
@@ -88,6 +89,7 @@ def tile_statistics(
     U = lanes(sums + SUM_U * step, BLOCK)
     m_t = m_s
     S_t = S_s
+    W = S_s
     E = S_s
     F = S_s
     R = S_s
@@ -95,6 +97,7 @@ def tile_statistics(
         teacher += row * stride16 * 16
         m_t = tl.load(sums + MAX_T * step)
         S_t = lanes(sums + SUM_T * step, BLOCK)
+        W = lanes(sums + SUM_W * step, BLOCK)
     if KL:
         E = lanes(sums + SUM_E * step, BLOCK)
         F = lanes(sums + SUM_F * step, BLOCK)
@@ -135,16 +138,22 @@ def tile_statistics(
             E += rest
             F += f
             R += r
+            W = keep_t * (W - d_t * S_t) + times_log(a, v)
             S_t = keep_t * S_t + a
         elif teacher is not None:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
             new_t = tl.maximum(m_t, tl.max(zt, 0))
-            S_t = exp(-rise(m_t, new_t) * inv_T) * S_t + exp(below(zt, new_t) * inv_T)
+            d_t = rise(m_t, new_t) * inv_T
             m_t = new_t
+            keep_t = exp(-d_t)
+            v = below(zt, m_t) * inv_T
+            a = exp(v)
+            W = keep_t * (W - d_t * S_t) + times_log(a, v)
+            S_t = keep_t * S_t + a
         if TOP_TOO:
             top_t = tl.where(raw_s > top_s, zt, top_t)
             top_s = tl.maximum(top_s, raw_s)
-        U = keep_s * (U - d_s * S_s) + tl.where(b == 0.0, 0.0, b * u)
+        U = keep_s * (U - d_s * S_s) + times_log(b, u)
         S_s = keep_s * S_s + b
         S_1 = exp(-raised) * S_1 + exp(zs)
 
@@ -155,6 +164,7 @@ def tile_statistics(
     if teacher is not None:
         tl.store(sums + MAX_T * step, m_t)
         tl.store(sums + SUM_T * step, tl.sum(S_t, 0))
+        tl.store(sums + SUM_W * step, tl.sum(W, 0))
     if TOP_TOO:
         tl.store(sums + TOP * step, tl.max(tl.where(top_s == m_s, top_t, -float("inf")), 0))
     if KL:
@@ -165,6 +175,6 @@ def tile_statistics(
 
 def cost(rows: int, width: int, *, teacher: bool, kl: bool, logit_bytes: int = 4) -> Cost:
     """Bytes and flops of one launch: the logits once, the row's sums twice."""
-    sums = 4 + (2 if teacher else 0) + (3 if kl else 0)
+    sums = 4 + (3 if teacher else 0) + (3 if kl else 0)
     moved = rows * width * logit_bytes * (2 if teacher else 1) + rows * (2 * 4 * sums + 8)
-    return Cost(moved, rows * width * (14 + (5 if teacher else 0) + (30 if kl else 0)))
+    return Cost(moved, rows * width * (14 + (9 if teacher else 0) + (30 if kl else 0)))

@@ -22,6 +22,7 @@ from pocl_kernels.triton_backend.state import (
     SUM_S,
     SUM_T,
     SUM_U,
+    SUM_W,
     TOP,
     VALUE,
     anchor,
@@ -63,6 +64,7 @@ def statistics(
     v = _below(zt, sums[MAX_T.value]) * column
     a = v.exp()
     sums[SUM_T.value] += a.sum(1)
+    sums[SUM_W.value] += weighted(a, v).sum(1)
     if kl:
         for row, term in zip((SUM_E, SUM_F, SUM_R), ratio_terms(a, b, u - v), strict=True):
             sums[row.value] += term.sum(1)

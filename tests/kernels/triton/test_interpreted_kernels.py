@@ -35,7 +35,7 @@ def logits(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def run_rows(
     divergence: Divergence, zs: Tensor, zt: Tensor, gradient: Tensor | None, labels: Tensor | None, T: float = 2.0
 ) -> Tensor:
-    results = poisoned(ROWS, 3)
+    results = poisoned(ROWS, 5)
     term = term_of(divergence)
     weights = torch.tensor([0.5, 2.0, 1.0])
     divergence_rows[(ROWS,)](
@@ -55,10 +55,12 @@ def exact_rows(name: str, zs: Tensor, zt: Tensor, labels: Tensor | None, T: floa
     loss = 0.7 * T**2 * D + 0.3 * ce
     (loss * torch.tensor([0.5, 2.0, 1.0])).sum().backward()
     assert z.grad is not None
-    return torch.stack([D, ce, -(l.exp() * l).sum(-1)], 1).detach(), z.grad
+    entropies = (-(x.exp() * x).sum(-1) for x in (l, r))
+    right = torch.zeros(ROWS) if labels is None else (z.argmax(-1) == labels).double()
+    return torch.stack([D, ce, *entropies, right], 1).detach(), z.grad
 
 
-LABELS = torch.tensor([0, V - 1, 77])
+LABELS = torch.tensor([0, V - 1, int(logits(0)[2, :V].argmax())])  # the last one is the student's choice
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -114,7 +116,7 @@ def test_shifted_logits_change_nothing() -> None:
 
 
 def test_the_cross_entropy_kernel() -> None:
-    z, gradient, results = logits(0), poisoned(ROWS, WIDTH), poisoned(ROWS, 3)
+    z, gradient, results = logits(0), poisoned(ROWS, WIDTH), poisoned(ROWS, 5)
     weights = torch.tensor([0.5, 2.0, 1.0])
     cross_entropy_rows[(ROWS,)](z, gradient, None, LABELS, weights, results, V, WIDTH // 16, 0.5, 4.0, BLOCK=64)
     exact = z[:, :V].double().requires_grad_()
@@ -213,7 +215,7 @@ def test_maxima_can_be_raised_afterwards() -> None:
     for weights in ((1.0, 0.0), (0.0, 1.0)):
         before, after = (state.weighted_kl(s, weights)[0] for s in (sums, raised))
         assert relative_error(after, before) <= 1e-13
-    assert relative_error(state.entropy(raised), state.entropy(sums)) <= 1e-13
+    assert relative_error(state.entropies(raised), state.entropies(sums)) <= 1e-13
 
 
 def test_values_and_gradients_of_tiles_match_whole_rows() -> None:

@@ -1,0 +1,40 @@
+"""What a loss says beside itself, with Triton's kernels in the interpreter."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+import pocl_kernels
+from tests.kernels.cases import make_case
+from tests.kernels.test_outputs import check_masks, check_outputs, half_right
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, chunks of rows and vocabulary tiles, none of them even."""
+    for kernel in ("divergence_rows", "cross_entropy_rows", "tile_statistics", "tile_values", "tile_gradient"):
+        monkeypatch.setattr(f"pocl_kernels.triton_backend.{kernel}.BLOCK", 256)
+    monkeypatch.setattr("pocl_kernels.triton_backend.low.tile_shape", lambda rows, *_: (min(rows, 3), 512))
+
+
+def triton(memory: str) -> Any:
+    return functools.partial(pocl_kernels.fused_linear_divergence, backend="triton", memory=memory)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+@pytest.mark.parametrize("divergence", ["fkl", "jsd"])
+def test_entropies_and_accuracy_are_those_of_full_logits(divergence: str, memory: str) -> None:
+    case = half_right(make_case(6, 1031, bias=True))
+    check_outputs(triton(memory), case, divergence, "mean")
+    if memory == "low":
+        check_outputs(triton(memory), case.to(torch.float64), divergence, "none", 1e-12)
+
+
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_a_teacher_that_is_sure_has_no_entropy_and_one_that_masks_has_less(memory: str) -> None:
+    with torch.no_grad():
+        check_masks(triton(memory))
