@@ -1,7 +1,8 @@
 """Vocabulary-parallel heads: each process holds some rows of both heads, all of them see the same tokens.
 
-What crosses processes, for each row: the maxima and sums of the normalisers, then ``(D, c)``, cross-entropy
-and entropies; once a call the hidden states' gradient. Logits never do. Exact for every divergence, since a mixture needs the normalisers alone.
+What crosses processes, for each row: the maxima and sums of the normalisers, then ``(D, c)``, cross-entropy and
+entropies; once a call the hidden states' gradient. Logits never do. Exact for every divergence, since a mixture needs
+the normalisers alone.
 """
 
 from __future__ import annotations
