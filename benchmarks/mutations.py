@@ -38,6 +38,8 @@ EAGER = UNRELATED + "fkl"
 HEADS = "exactness:form_of_head and compiled-fast-fkl"
 EAGER_HEADS = "exactness:form_of_head and eager-fast-fkl"
 ORACLE = "reference"
+OUTPUTS = "outputs:full_logits and compiled-fast-fkl"
+EAGER_OUTPUTS = "outputs:full_logits and eager-fast-fkl"
 BY_TOKEN = "by_token:call_of_its_own and compiled-fast-jsd"
 
 ROWS, PRELUDE, CE_ROWS = "cpu/divergence_rows.c", "cpu/prelude.h", "cpu/cross_entropy_rows.c"
@@ -47,7 +49,14 @@ MUTATIONS = (
     Mutation("label not subtracted", ROWS, "zs[label] -= wB * jacobian_label", "zs[label] -= 0.0f", FKL),
     Mutation("teacher not tempered", ROWS, "(zt[j] * inv_T - R.max)", "(zt[j] - R.max)", POWER),
     Mutation("wrong normaliser for the teacher", ROWS, "- R.max) - R.log_sum;", "- R.max) - S.log_sum;", POWER),
-    Mutation("entropy's sign", ROWS, "h -= q", "h += q", FKL),
+    Mutation("entropy's sign", PRELUDE, "log(S) - U / S", "log(S) + U / S", FKL),
+    Mutation("entropy's sum not moved to a new maximum", PRELUDE, "keep * (U + fall * S)", "keep * U", OUTPUTS),
+    Mutation("entropy's sum moved from nothing", PRELUDE, "S > 0.0 ? keep * (U + fall * S) : 0.0",
+             "keep * (U + fall * S)", OUTPUTS),
+    Mutation("0 x -inf in an entropy", PRELUDE, "(u < -87.3f ? -87.3f : u)", "u", "outputs:masks and compiled-fast"),
+    Mutation("the student's entropy for the teacher's", ROWS, "out[3] = R.entropy", "out[3] = S.entropy", OUTPUTS),
+    Mutation("a tie is wrong", ROWS, "z_label >= S1.max", "z_label > S1.max", OUTPUTS),
+    Mutation("accuracy by the tempered maximum", ROWS, "z_label >= S1.max", "z_label >= S.max", OUTPUTS),
     Mutation("cross-entropy tempered", ROWS, "(S1.max - z_label) + S1.log_sum", "(S.max - z_label) + S.log_sum", FKL),
     Mutation("cross-entropy's gradient tempered", ROWS, "tempered ? f_exp(z - S1.max)", "0 ? f_exp(z - S1.max)", FKL),
     Mutation("only the last block's slope", ROWS, "c += (double)cb;", "c = (double)cb;", FKL),
@@ -90,13 +99,19 @@ MUTATIONS = (
     Mutation("eager: softcap's slope to first order", "eager/rows.py", "(z / softcap) ** 2", "(z / softcap).abs()",
              EAGER_HEADS),
     Mutation("eager: entropy's sign", "eager/rows.py", "-weighted(q, l)", "weighted(q, l)", EAGER),
+    Mutation("eager: the teacher's entropy", "eager/rows.py", "-weighted(r.exp(), r)", "-weighted(r.exp(), l)",
+             EAGER_OUTPUTS),
+    Mutation("eager: a tie is wrong", "eager/rows.py", ">= _largest(l1, group)", "> _largest(l1, group)",
+             EAGER_OUTPUTS),
+    Mutation("right within one process's share", "eager/rows.py", "group.maximum(l.amax(-1))", "l.amax(-1)",
+             "parallel:two"),
     Mutation("eager: infinite slope without weight", "eager/rows.py", "weighted(coefficient, slope - q",
              "coefficient * (slope - q",
              "inputs:infinite_divergence_without_weight and eager-fast"),
     Mutation("a softcap hides what is broken", "eager/rows.py", " + (z - z)", "", "inputs:softcap and eager-fast"),
     # Chunks, products, threads
-    Mutation("mask by sign instead of by index", "api.py", "valid = labels != ignore_index", "valid = labels >= 0",
-             "laws:any_index and eager-fast"),
+    Mutation("mask by sign instead of by index", "arguments.py", "valid = labels != ignore_index",
+             "valid = labels >= 0", "laws:any_index and eager-fast"),
     Mutation("ignored rows count", "plan.py", "counts & (labels != ignore_index)", "counts",
              "autograd:broken_upstream and eager-low"),
     Mutation("every chunk overwrites dW", "cpu/backend.py", "            if self._first:", "            if True:",
@@ -114,12 +129,12 @@ MUTATIONS = (
     Mutation("T squared dropped", "api.py", "temperature**2 if scale_by", "1.0 if scale_by", EAGER),
     Mutation("T instead of T squared", "api.py", "temperature**2 if scale_by", "temperature if scale_by", EAGER),
     Mutation("divergence not diluted by the cross-entropy", "api.py", "(1.0 - ce_weight) * (", "1.0 * (", EAGER),
-    Mutation("mean over ignored tokens too", "api.py", "count, scale = valid.sum(), valid.to(dtype)",
+    Mutation("mean over ignored tokens too", "arguments.py", "count, scale = valid.sum(), valid.to(dtype)",
              "count, scale = torch.ones_like(labels).sum(), valid.to(dtype)", EAGER),
-    Mutation("label one beyond the vocabulary", "api.py", "(flat < vocab_size))).all()", "(flat <= vocab_size))).all()",
-             "inputs:outside_the_vocabulary or refused_by_name"),
-    Mutation("weights of ignored tokens count", "api.py", "torch.where(scale > 0, weight, scale)", "scale * weight",
-             "laws:contents_of_ignored and eager-fast"),
+    Mutation("label one beyond the vocabulary", "arguments.py", "(flat < vocab_size))).all()",
+             "(flat <= vocab_size))).all()", "inputs:outside_the_vocabulary or refused_by_name"),
+    Mutation("weights of ignored tokens count", "arguments.py", "torch.where(scale > 0, weight, scale)",
+             "scale * weight", "laws:contents_of_ignored and eager-fast"),
     Mutation("gradients under no_grad", "api.py", 'mode == "fast" and torch.is_grad_enabled()', 'mode == "fast"',
              "autograd:without_gradients and eager-fast"),
     Mutation("a second backward scales again", "autograd.py", "gradients, ctx.ready = ready, None", "gradients = ready",

@@ -24,6 +24,8 @@ NEAR = KERNELS + "one_pass and near"
 PADDING = KERNELS + "never_reads_the_padding and fkl"
 HALF = LOSSES + "16_bit_models_lose and fast and bfloat16 and unrelated"
 
+OUTPUTS = "triton/interpreted_outputs:full_logits and jsd-fast"
+LOW_OUTPUTS = "triton/interpreted_outputs:full_logits and jsd-low"
 GROUPS = "triton/interpreted_groups:chunks_and_groups"
 
 DEVICE, ROWS = "triton_backend/device.py", "triton_backend/divergence_rows.py"
@@ -46,13 +48,28 @@ MUTATIONS = (
              "(zt, max_t, S_s, log_s, inv_T)",
              FAST),
     Mutation("teacher not tempered", ROWS, "(zt, max_t, S_t, log_t, inv_T)", "(zt, max_t, S_t, log_t, 1.0)", FAST),
-    Mutation("entropy's sign", ROWS, "H -= tl.where", "H += tl.where", FAST),
+    Mutation("entropy's sign", ROWS, "H_s -= by", "H_s += by", FAST),
+    Mutation("the student's logs in the teacher's entropy", ROWS, "times_log(p, r)", "times_log(p, l)", OUTPUTS),
+    Mutation("a tie is wrong", ROWS, "z_label >= max_s", "z_label > max_s", OUTPUTS),
+    Mutation("0 x -inf in an entropy", DEVICE, "p * tl.maximum(log_p, -1e30)", "p * log_p",
+             "triton/interpreted_outputs:masks and auto"),
+    Mutation("an entropy of every fourth token", DEVICE, "tl.sum(tl.reshape(x, [BLOCK // 4, 4]), 1)",
+             "tl.max(tl.reshape(x, [BLOCK // 4, 4]), 1)", OUTPUTS),
     Mutation("cross-entropy tempered", ROWS, "S_1 = add_exp(m_s, S_1, zs, 1.0)", "S_1 = add_exp(m_s, S_1, zs, inv_T)",
              FAST),
     Mutation("only the last block's slopes", ROWS, "C += tl.where", "C = tl.where", FAST),
     Mutation("rows side by side, without padding", ROWS, "student += row * stride16 * 16", "student += row * V",
              PADDING),
     Mutation("entropy's sum not moved", STATISTICS, "keep_s * (U - d_s * S_s)", "keep_s * U", KL),
+    Mutation("the teacher's entropy not moved", STATISTICS, "keep_t * (W - d_t * S_t)", "keep_t * W", LOW_OUTPUTS),
+    Mutation("only the last tile's entropy of the teacher", STATISTICS, "W = lanes(sums + SUM_W * step, BLOCK)",
+             "W = lanes(sums + SUM_W * step, BLOCK) * 0.0", LOW_OUTPUTS),
+    Mutation("the teacher's entropy not moved between processes", STATE, "keep_t * (W - d_t * S_t)", "keep_t * W",
+             KERNELS + "raised_afterwards"),
+    Mutation("the student's entropy for the teacher's", STATE, "sums[SUM_U.value : SUM_W.value + 1] / S",
+             "sums[SUM_U.value] / S", LOW_OUTPUTS),
+    Mutation("right by less than the maximum", STATE, "sums[LABEL.value] >= sums[MAX_S.value]",
+             "sums[LABEL.value] > sums[MAX_S.value]", LOW_OUTPUTS),
     Mutation("KL's sum not moved", STATISTICS, "keep_t * F + moved * E + moved_f * S_t", "keep_t * F",
              KERNELS + "one_pass and rising"),
     Mutation("label counted from the tile's start", STATISTICS, ".to(tl.int32) - first", ".to(tl.int32)", LOW),

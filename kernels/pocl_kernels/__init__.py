@@ -2,7 +2,8 @@
 logits.
 """
 
-from pocl_kernels.api import fused_linear_cross_entropy, fused_linear_divergence
+from pocl_kernels.api import fused_linear_divergence
+from pocl_kernels.cross_entropy import fused_linear_cross_entropy
 from pocl_kernels.divergences import (
     DIVERGENCES,
     JSD,

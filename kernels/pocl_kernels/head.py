@@ -70,3 +70,12 @@ def whole_tensor(x: Any) -> Any:
         size = x.device_mesh.size()
         whole.register_hook(lambda gradient: gradient / size)  # not Partial("avg"), which gloo cannot reduce
     return whole
+
+
+def gathered(head: Head) -> Head:
+    """A head whose tensors are whole: DTensors (FSDP2) are gathered once a call.
+
+    Their gradients return to the shards as the mean over the processes, which is what DDP and FSDP make of it, and the
+    gradient itself where all processes see the same tokens.
+    """
+    return dataclasses.replace(head, weight=whole_tensor(head.weight), bias=whole_tensor(head.bias))

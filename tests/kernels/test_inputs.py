@@ -422,7 +422,7 @@ def test_a_teacher_that_requires_grad_is_fine_where_nothing_can_be_differentiate
 
 
 def test_vocabularies_may_differ_by_padding_alone() -> None:
-    from pocl_kernels.api import shared_vocab_size
+    from pocl_kernels.arguments import shared_vocab_size
 
     assert shared_vocab_size(151936, 152064) == 151936
     assert shared_vocab_size(152064, 151936) == 151936
