@@ -13,6 +13,7 @@ from pocl_kernels import JSD, Alpha, AlphaBeta, Divergence, MixedKL, SkewForward
 from tests.kernels.cases import Case, Solution, assert_close, make_case, oracle, solve
 
 ROWS = 9
+NUMBERS = ("loss", "divergence", "cross_entropy", "student_entropy")
 RAMP = torch.linspace(0.0, 1.0, ROWS)
 KINDS: dict[str, Callable[[Any], Divergence | str]] = {
     "fkl": lambda x: "fkl",
@@ -36,8 +37,10 @@ def one_by_one(case: Case, kind: Callable[[Any], Any], temperatures: list[float]
         for i, t in enumerate(temperatures)
     ]
     hidden = torch.cat([p.hidden for p in parts])  # type: ignore[arg-type]
-    values = (sum(getattr(p, name) for p in parts) for name in ("loss", "divergence", "cross_entropy"))
-    return Solution(*values, sum(p.student_entropy for p in parts), hidden, sum(p.weight for p in parts), None)  # type: ignore[arg-type, misc]
+    values = (sum(getattr(p, name) for p in parts) for name in NUMBERS)
+    more = (sum(getattr(p, name) for p in parts) for name in ("teacher_entropy", "accuracy"))
+    weight = sum(p.weight for p in parts)
+    return Solution(*values, hidden, weight, None, *more)  # type: ignore[arg-type, misc]
 
 
 @pytest.mark.parametrize("name", KINDS)
