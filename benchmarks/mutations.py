@@ -45,8 +45,8 @@ BY_TOKEN = "by_token:call_of_its_own and compiled-fast-jsd"
 ROWS, PRELUDE, CE_ROWS = "cpu/divergence_rows.c", "cpu/prelude.h", "cpu/cross_entropy_rows.c"
 MUTATIONS = (
     # Compiled rows
-    Mutation("sign of the softmax's Jacobian", ROWS, "zt[j] - wAc * zs[j]", "zt[j] + wAc * zs[j]", FKL),
-    Mutation("label not subtracted", ROWS, "zs[label] -= wB * jacobian_label", "zs[label] -= 0.0f", FKL),
+    Mutation("sign of the softmax's Jacobian", ROWS, "et[j] - wAc * es[j]", "et[j] + wAc * es[j]", FKL),
+    Mutation("label not subtracted", ROWS, "grad[label] -= wB * jacobian_label", "grad[label] -= 0.0f", FKL),
     Mutation("teacher not tempered", ROWS, "(zt[j] * inv_T - R.max)", "(zt[j] - R.max)", POWER),
     Mutation("wrong normaliser for the teacher", ROWS, "- R.max) - R.log_sum;", "- R.max) - S.log_sum;", POWER),
     Mutation("entropy's sign", PRELUDE, "log(S) - U / S", "log(S) + U / S", FKL),

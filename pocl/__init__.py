@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         ReverseKL,
         SkewForwardKL,
         SkewReverseKL,
+        fused_divergence,
         fused_linear_cross_entropy,
         fused_linear_divergence,
     )
@@ -67,6 +68,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "Stage",
+    "fused_divergence",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
 ]

@@ -19,6 +19,7 @@ from pocl_kernels.divergences import (
     SkewReverseKL,
 )
 from pocl_kernels.head import Head
+from pocl_kernels.logits import fused_divergence
 from pocl_kernels.output import DivergenceOutput
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "fused_divergence",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",
 ]

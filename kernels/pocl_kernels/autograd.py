@@ -11,7 +11,7 @@ from torch import Tensor
 from pocl_kernels.scalar import weighted
 
 # (hidden, weight, bias, row_scale, wanted, state, constants) -> Result
-Run = Callable[[Tensor, Tensor, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
+Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
 
 
 # A function takes the upstream gradient, None for 1, and returns the gradient in its final dtype.
@@ -25,6 +25,7 @@ class Result(NamedTuple):
     results: Tensor  # per-row results to log
     gradients: tuple[Gradient | None, ...]
     state: Tensor | None  # what the backend wants back for gradients alone; None or empty: nothing
+    overwritten: bool = False  # the first gradient lies over the first input, whose values are lost
 
 
 class FusedLoss(torch.autograd.Function):
@@ -33,13 +34,16 @@ class FusedLoss(torch.autograd.Function):
     With ``now`` the gradients are computed in the forward pass, for an upstream gradient of 1, while the logits are at
     hand. The first backward pass scales them in place and gives them away, so that no second copy of a [V, H] gradient
     exists; a further backward pass (``retain_graph=True``) computes them anew, as does every one without ``now``.
+
+    Without a weight the hidden states are logits, over which the gradient may be written: then their version rises, so
+    that whoever else saved them for a backward pass is told, and so is a second backward pass.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         row_scale: Tensor,
         run: Run,
@@ -53,10 +57,16 @@ class FusedLoss(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         frozen = [x is not None and not compiling and x.is_inference() for x in constants]
         ctx.frozen = [x if f else None for x, f in zip(constants, frozen, strict=True)]
-        changeable = [None if f else x for x, f in zip(constants, frozen, strict=True)]
-        ctx.save_for_backward(hidden, weight, bias, row_scale, result.state, *changeable)
+        # With the logits overwritten nothing can be computed again, and the caller may give up the teacher's.
+        changeable = [None if f or result.overwritten else x for x, f in zip(constants, frozen, strict=True)]
+        # Of logits that are overwritten the memory alone: a view that changed cannot be had back with its history.
+        kept = hidden.detach() if result.overwritten else hidden
+        ctx.save_for_backward(kept, weight, bias, row_scale, result.state, *changeable)
         ctx.run, ctx.wanted = run, wanted
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.overwritten = result.overwritten
+        if result.overwritten:
+            torch.autograd.graph.increment_version(hidden)
         ctx.ready = result.gradients if now and any(wanted) else None
         ctx.mark_non_differentiable(result.results)
         rows = weighted(row_scale, result.loss_rows)  # a row without weight is no row, even where its loss is infinite
@@ -65,7 +75,13 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         differentiates = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-        inputs = [x for x in ctx.saved_tensors[:3] if x is not None] if differentiates else []
+        if ctx.overwritten and (ctx.ready is None or differentiates):
+            raise RuntimeError(
+                "the gradient was written over the student's logits (inplace=True), so nothing is left to compute it "
+                "from a second time: pass inplace=False to go backward twice, or with create_graph=True"
+            )
+        # Raises where what was saved has changed since, the gradient over the logits too.
+        inputs = [x for x in ctx.saved_tensors[:3] if x is not None] if differentiates or ctx.overwritten else []
         with torch.no_grad():
             gradients = FusedLoss._gradients(ctx, upstream)
         if differentiates:
@@ -79,7 +95,11 @@ class FusedLoss(torch.autograd.Function):
             hidden, weight, bias, row_scale, kept, *changeable = ctx.saved_tensors
             constants = [f if c is None else c for f, c in zip(ctx.frozen, changeable, strict=True)]
             state = kept if kept is not None and kept.numel() else None
-            gradients = ctx.run(hidden, weight, bias, row_scale * upstream, ctx.wanted, state, constants).gradients
+            result = ctx.run(hidden, weight, bias, row_scale * upstream, ctx.wanted, state, constants)
+            if result.overwritten:
+                ctx.overwritten = True
+                torch.autograd.graph.increment_version(hidden)
+            gradients = result.gradients
             upstream = None  # it is in the weights of the rows
         else:
             gradients, ctx.ready = ready, None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.cpu import backend as cpu_backend
+from pocl_kernels.cpu import logits as cpu_logits
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.plan import RESULTS, STATE_ROWS, Gradients, Inputs, Plan, Rows
 
@@ -31,6 +32,7 @@ class Choices(NamedTuple):
     memory: str
     process_group: str = ""
     products: str = ""  # autocast's dtype on a GPU, e.g. "bfloat16"; empty: that of the inputs
+    inplace: str = ""  # not empty: the gradient of logits at hand may be written over them
 
 
 def linear_loss(
@@ -107,8 +109,11 @@ def _compute(
         process_group=chosen.process_group,
         memory=chosen.memory,
         later=later,
+        inplace=later and bool(chosen.inplace),  # an operator must not change what it is given
         products=getattr(torch, chosen.products) if chosen.products else None,
     )
+    if given.student_weight is None:
+        return logits_module(chosen.backend, given.student_hidden.device).divergence(given, plan, Gradients(*wanted))
     module = backend_module(chosen.backend, given.student_hidden.device)
     function = module.linear_cross_entropy if kind is None else module.linear_divergence
     return function(given, plan, Gradients(*wanted))
@@ -126,13 +131,19 @@ def _(
 ) -> list[Tensor]:
     given, chosen = _inputs(inputs), Choices(*choices.split("\n"))
     hidden, weight, dtype = given.student_hidden, given.student_weight, given.dtype
-    keeps = chosen.memory == "low" and not any(wanted) and _is_triton(chosen.backend, hidden.device)
+    keeps = chosen.memory == "low" and not any(wanted) and is_triton(chosen.backend, hidden.device)
+    rows = given.row_scale.shape[0]
+    results, state = (RESULTS, rows), (STATE_ROWS, rows) if keeps else (0,)
+    if weight is None:
+        gradient = hidden.new_empty(hidden.shape if wanted[0] else (0,), dtype=hidden.dtype if wanted[0] else dtype)
+        others = [hidden.new_empty(shape, dtype=dtype) for shape in (results, (0,), (0,), state)]
+        return [others[0], gradient, *others[1:]]
     shapes = [
-        (RESULTS, hidden.shape[0]),
+        results,
         hidden.shape if wanted[0] else (0,),
         weight.shape if wanted[1] else (0,),
         weight.shape[:1] if wanted[2] else (0,),
-        (STATE_ROWS, hidden.shape[0]) if keeps else (0,),
+        state,
     ]
     return [hidden.new_empty(shape, dtype=dtype) for shape in shapes]
 
@@ -143,12 +154,22 @@ def _inputs(tensors: Sequence[Tensor | None]) -> Inputs:
 
 def backend_module(backend: str, device: torch.device) -> ModuleType:
     """The module that serves ``backend``, "auto" by the device: Triton on CUDA and ROCm, imported when first needed."""
-    if _is_triton(backend, device):
+    if is_triton(backend, device):
         from pocl_kernels.triton_backend import backend as triton_backend
 
         return triton_backend
     return cpu_backend
 
 
-def _is_triton(backend: str, device: torch.device) -> bool:
+def logits_module(backend: str, device: torch.device) -> ModuleType:
+    """As :func:`backend_module`, for logits at hand."""
+    if is_triton(backend, device):
+        from pocl_kernels.triton_backend import logits as triton_logits
+
+        return triton_logits
+    return cpu_logits
+
+
+def is_triton(backend: str, device: torch.device) -> bool:
+    """Whether Triton serves ``backend`` on the device."""
     return backend == "triton" or (backend == "auto" and device.type == "cuda")

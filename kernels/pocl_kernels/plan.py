@@ -33,6 +33,7 @@ class Plan:
     process_group: str = ""  # name of the group whose processes share the vocabulary; empty: the heads are whole
     memory: str = "fast"  # or "low"
     later: bool = False  # the weight's gradient may be a function of the upstream gradient
+    inplace: bool = False  # the gradient of logits at hand may be written over them
     products: torch.dtype | None = None  # 16-bit dtype for the factors of all matrix products; None: that of the inputs
 
     @property
@@ -71,10 +72,12 @@ class Gradients(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors that a call reads. A cross-entropy has labels and no teacher."""
+    """The tensors that a call reads. A cross-entropy has labels and no teacher. Without weights the hidden states are
+    logits: ``[..., V_s]`` and ``[..., V_t]`` of any strides but the last.
+    """
 
     student_hidden: Tensor  # [N, H_s]
-    student_weight: Tensor  # [V_s, H_s]
+    student_weight: Tensor | None  # [V_s, H_s]
     student_bias: Tensor | None  # [V_s]
     teacher_hidden: Tensor | None  # [N, H_t]
     teacher_weight: Tensor | None  # [V_t, H_t]
@@ -86,6 +89,9 @@ class Inputs(NamedTuple):
     @property
     def vocab_size(self) -> int:
         """Of both models: rows of a head beyond it are padding."""
+        if self.student_weight is None:
+            assert self.teacher_hidden is not None
+            return min(self.student_hidden.shape[-1], self.teacher_hidden.shape[-1])
         V = self.student_weight.shape[0]
         return V if self.teacher_weight is None else min(V, self.teacher_weight.shape[0])
 

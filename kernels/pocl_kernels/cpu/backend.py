@@ -36,6 +36,7 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     :class:`Rows`). Keeps no state: chunks of whole rows serve both memory modes.
     """
     V, dtype = inputs.vocab_size, inputs.dtype
+    assert inputs.student_weight is not None
     assert inputs.teacher_hidden is not None
     assert inputs.teacher_weight is not None
     none = Gradients(False, False, False)
@@ -45,7 +46,7 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     rows = counting_rows(labels, plan.ignore_index, row_scale)
     results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
     group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
-    kernel = _divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
+    kernel = divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
     share = V if group is None else group.largest
     student_rows, teacher_rows = chunk_rows(len(rows), share * dtype.itemsize, plan.workspace_mb)
     for index in _split(rows, student_rows):
@@ -69,6 +70,7 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
 def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``."""
     V, dtype, labels, row_scale = inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
+    assert inputs.student_weight is not None
     assert labels is not None
     student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
     results = torch.zeros(RESULTS, len(row_scale), dtype=dtype)
@@ -191,7 +193,12 @@ def _program(kind: type[Divergence]) -> tuple[Program, str]:
     return program, compiler.divergence_source(program)
 
 
-def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
+def divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
+    """The row kernel of ``plan``'s divergence: compiled for float32 where that is possible, else eager.
+
+    Compiled, it also takes ``gradient`` and ``places`` ``[3, n]``: where the rows of ``zs``, ``zt`` and ``gradient``
+    begin, in entries; without them rows are contiguous and the gradient lies over ``zs``.
+    """
     assert plan.divergence is not None
     program, source = _program(type(plan.divergence))
     function = compiler.load(source, "divergence_rows") if dtype == torch.float32 else None
@@ -210,15 +217,20 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
         plan: Plan,
         want_grad: bool,
         out: Tensor,
+        gradient: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> None:
-        V = zs.shape[1]
-        threads = min(torch.get_num_threads(), zs.shape[0])
+        V = min(zs.shape[-1], zt.shape[-1])
+        threads = min(torch.get_num_threads(), len(out))
         scratch = torch.empty(threads, 2 * V + 2 * -(-V // SCRATCH_BLOCK))
         rate, coefficient, uniforms = _numbers_of(plan, program) if shared is None else shared
         arguments = (
             ctypes.c_int64(V),
-            _pointer(zs),
-            _pointer(zt),
+            _first_entry(zs),
+            _first_entry(zt),
+            _first_entry(zs if gradient is None else gradient),
+            _pointer(places),
+            ctypes.c_int64(len(out)),
             _pointer(bias_s),
             _pointer(bias_t),
             ctypes.c_float(plan.student_scale),
@@ -235,7 +247,7 @@ def _divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
             ctypes.c_int64(plan.by_token),
         )
         own = [(_pointer(s), _pointer(out), ctypes.c_int(want_grad)) for s in scratch]
-        _parallel(native, zs.shape[0], arguments, own)
+        _parallel(native, len(out), arguments, own)
 
     return run
 
@@ -285,7 +297,11 @@ def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    return ctypes.c_void_p(None) if tensor is None else _first_entry(tensor)
+
+
+def _first_entry(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _parallel(

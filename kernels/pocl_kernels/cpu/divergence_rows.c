@@ -1,14 +1,17 @@
-/* Rows of student and teacher projections -> divergence, cross-entropy, entropies, accuracy, and the gradient in place.
+/* Rows of student and teacher projections -> divergence, cross-entropy, entropies, accuracy, and the gradient, perhaps in
+ * place.
  *
  *   u = z_s / T, v = z_t / T;  l = u - lse(u), r = v - lse(v);  D = sum value(l, r), c = sum slope(l, r)
  *   dL/dz_s = w [A (slope - q c) + B (q_1 - 1[label])],  A = d_coef, B = ce_coef, q_1 = softmax(z_s)
  *
- * zs, zt [rows, V]: student and teacher projections, overwritten (zs by the gradient if want_grad, zt by scratch).
+ * zs, zt [rows, V]: student and teacher projections, transformed in place where a head has a transform; grad [rows, V],
+ * which may be zs: written if want_grad. Rows lie one after the other, or where places says.
  * One row at a time through three passes; a row pair of 8 V bytes is read from memory once and then from cache.
- * Pass 1: both normalisers, entropies and, in scratch, the unnormalised softmaxes: 2 exponentials. Pass 2: D, c and, in place, q and
- * the part of the gradient that needs no c. Pass 3: one multiply-add. The code between the markers is printed from the divergence's definition. */
+ * Pass 1: both normalisers, entropies and, in scratch, the unnormalised softmaxes: 2 exponentials. Pass 2: D, c and, in their
+ * place, q and the part of the gradient that needs no c. Pass 3: one multiply-add. The code between the markers is printed
+ * from the divergence's definition. */
 
-INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, float scale, int64_t label, float w, float A,
+INLINE void row(const float *zs, const float *zt, float *grad, int64_t V, float inv_T, float softcap, float scale, int64_t label, float w, float A,
                 float B, const float *uniform, float *scratch, float *out, const int want_grad, const int with_ce, const int tempered, const int ce_grad) {
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;
     float *es = scratch, *et = es + V, *shift_s = et + V, *shift_t = shift_s + blocks;
@@ -47,8 +50,8 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
                 const float J = scale * (1.0f - zc * zc);
                 float g = wA == 0.0f ? 0.0f : wA * slope;  /* an infinite slope without weight is nothing */
                 if (ce_grad) g += wB * (tempered ? f_exp(z - S1.max) * to_q1 : q);
-                zt[j] = J * g;
-                zs[j] = J * q;
+                et[j] = J * g;
+                es[j] = J * q;
             }
         }
         D += (double)Db;
@@ -57,8 +60,8 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
     if (want_grad) {
         const float wAc = wA == 0.0f ? 0.0f : (float)((double)wA * c);
 #pragma omp simd
-        for (int64_t j = 0; j < V; j++) zs[j] = zt[j] - wAc * zs[j];
-        if (ce_grad) zs[label] -= wB * jacobian_label;
+        for (int64_t j = 0; j < V; j++) grad[j] = et[j] - wAc * es[j];
+        if (ce_grad) grad[label] -= wB * jacobian_label;
     }
     out[0] = (float)D;
     out[1] = with_ce ? (S1.max - z_label) + S1.log_sum : 0.0f;
@@ -70,17 +73,19 @@ INLINE void row(float *zs, float *zt, int64_t V, float inv_T, float softcap, flo
 /* Rows first <= i < last. labels NULL: no cross-entropy. out [rows, 5]: D, CE, entropies of
  * student and teacher, whether the label is a most probable token. scratch: 2 V floats and two a
  * block of 1024, for the caller's thread alone. rate = 1 / T, A and the n_uniform uniforms are one for all rows
- * (by_token 0) or one a row (1). */
-void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, const float *bias_s, const float *bias_t,
+ * (by_token 0) or one a row (1). places [3, n]: where the rows of zs, zt and grad begin; NULL: V apart. */
+void divergence_rows(int64_t first, int64_t last, int64_t V, float *zs, float *zt, float *grad, const int64_t *places,
+                     int64_t n, const float *bias_s, const float *bias_t,
                      float scale_s, float softcap_s, float scale_t, float softcap_t, const int64_t *labels, const float *w,
                      const float *rate, const float *As, float B, const float *uniforms, int64_t n_uniform, int64_t by_token,
                      float *scratch, float *out, int want_grad) {
     for (int64_t i = first; i < last; i++) {
         const float inv_T = rate[i * by_token], A = As[i * by_token], *uniform = uniforms + i * by_token * n_uniform;
-        float *s = zs + i * V, *t = zt + i * V, *o = out + 5 * i;
+        float *s = zs + (places ? places[i] : i * V), *t = zt + (places ? places[n + i] : i * V), *o = out + 5 * i;
+        float *g = want_grad ? grad + (places ? places[2 * n + i] : i * V) : NULL;
         transform(s, V, bias_s, scale_s, softcap_s);
         transform(t, V, bias_t, scale_t, softcap_t);
-#define ROW(G, C, T, CG) row(s, t, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, uniform, scratch, o, G, C, T, CG)
+#define ROW(G, C, T, CG) row(s, t, g, V, inv_T, softcap_s, scale_s, C ? labels[i] : 0, w[i], A, B, uniform, scratch, o, G, C, T, CG)
         if (want_grad && labels && B != 0.0f) {
             if (inv_T == 1.0f) ROW(1, 1, 0, 1);
             else ROW(1, 1, 1, 1);

@@ -34,6 +34,7 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """
     V, dtype = inputs.vocab_size, inputs.dtype
     labels, row_scale, device = inputs.labels, inputs.row_scale, inputs.student_hidden.device
+    assert inputs.student_weight is not None
     assert inputs.teacher_hidden is not None
     assert inputs.teacher_weight is not None
     with on_device(inputs.student_hidden):
@@ -62,6 +63,7 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
 def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``; the state as above."""
     V, dtype, hidden = inputs.vocab_size, inputs.dtype, inputs.student_hidden
+    assert inputs.student_weight is not None
     task = steps.cross_entropy_task(plan.student_scale, plan.student_softcap)
     with on_device(hidden):
         student = Projection(hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, plan.products)

@@ -35,6 +35,15 @@ def cap(z, softcap):
 
 
 @triton.jit
+def row_of(x, places, which, n, row, stride, UNIT: tl.constexpr):
+    """Where a row of ``x`` begins: ``stride`` units apart, or where ``places`` ``[3, n]`` says (``logits.py``)."""
+    if places is None:
+        return x + row * stride * UNIT
+    else:
+        return x + tl.load(places + which * n + row) * UNIT
+
+
+@triton.jit
 def load_logits(row, bias, cols, V, width, scale, softcap):
     """Entries ``cols`` of one row of projections, after the head's transform; -inf beyond V."""
     z = tl.load(row + cols, mask=cols < width, other=0.0).to(tl.float32)
@@ -110,9 +119,11 @@ def join_exp(m, S, rate):
 
 
 @triton.jit
-def rounded(g, gradient):
-    """``g`` in the dtype of the tile. What float16 cannot hold is cut at its end; infinite and NaN stay."""
-    if gradient.dtype.element_ty == tl.float16:
+def rounded(g, gradient, CUT: tl.constexpr = True):
+    """``g`` in the dtype of the tile. What float16 cannot hold is cut at its end; infinite and NaN stay. With ``CUT``
+    false it is infinite, as a loss scaler expects of a final gradient.
+    """
+    if CUT and gradient.dtype.element_ty == tl.float16:
         cut = tl.minimum(tl.maximum(g, -65504.0), 65504.0)
         g = tl.where(tl.abs(g) < float("inf"), cut, g)
     return g.to(gradient.dtype.element_ty)

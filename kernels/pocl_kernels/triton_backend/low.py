@@ -12,7 +12,8 @@ What processes exchange: each row's sums, then ``(D, c)``, and the hidden states
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,33 +41,44 @@ def forward(
     height, width = _shape(student, teacher, chunks, workspace_mb, group)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     states = results.new_zeros(st.STATES, chunks.count)
-    anchored = _anchored(task)
-    one_pass = task.divergence is not None and task.divergence.kl_weights is not None
     whole = task
     for rows, part in chunks.of(height):
-        task = whole.at(part)
         labels = None if chunks.labels is None else chunks.labels[part]
         _take(student, teacher, rows)
-        sums = st.empty_sums(part.stop - part.start, student.dtype, results.device)
-        for tile in steps.tiles(student, teacher, width):
-            steps.statistics(tile, labels, _offset(group), task, one_pass, anchored, sums)
-        if group is not None:
-            st.over_processes(sums, group, task.transforms.rate)
-        state = st.state_of(sums)
-        if task.divergence is not None:
-            if task.divergence.kl_weights is not None:
-                D, c = st.weighted_kl(sums, task.divergence.kl_weights)
-                if anchored:
-                    c -= st.slope_at_anchor(state, task.transforms.rate, task.divergence.kl_weights)
-            else:
-                D, c = _second_pass(steps.tiles(student, teacher, width), state, task, group)
-            results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = D, c
-            results[ENTROPY : TEACHER_ENTROPY + 1, part] = st.entropies(sums)
-        if labels is not None:
-            results[CROSS_ENTROPY, part] = st.cross_entropy(sums)
-            results[ACCURACY, part] = st.accuracy(sums)
-        states[:, part] = state
+        tiles = partial(steps.tiles, student, teacher, width)
+        states[:, part] = of_rows(tiles, labels, whole.at(part), group, results[:, part])
     return results, states
+
+
+def of_rows(
+    tiles: Callable[[], Iterable[Tile]],
+    labels: Tensor | None,
+    task: Task,
+    group: VocabularyGroup | None,
+    results: Tensor,  # [RESULTS, n] zeros
+) -> Tensor:
+    """Write the results of some rows, whose tiles can be had more than once; returns their state ``[STATES, n]``."""
+    anchored = _anchored(task)
+    one_pass = task.divergence is not None and task.divergence.kl_weights is not None
+    sums = st.empty_sums(results.shape[1], results.dtype, results.device)
+    for tile in tiles():
+        steps.statistics(tile, labels, _offset(group), task, one_pass, anchored, sums)
+    if group is not None:
+        st.over_processes(sums, group, task.transforms.rate)
+    state = st.state_of(sums)
+    if task.divergence is not None:
+        if task.divergence.kl_weights is not None:
+            D, c = st.weighted_kl(sums, task.divergence.kl_weights)
+            if anchored:
+                c -= st.slope_at_anchor(state, task.transforms.rate, task.divergence.kl_weights)
+        else:
+            D, c = _second_pass(tiles(), state, task, group)
+        results[DIVERGENCE], state[st.SLOPE_SUM.value] = D, c
+        results[ENTROPY : TEACHER_ENTROPY + 1] = st.entropies(sums)
+    if labels is not None:
+        results[CROSS_ENTROPY] = st.cross_entropy(sums)
+        results[ACCURACY] = st.accuracy(sums)
+    return state
 
 
 def backward(

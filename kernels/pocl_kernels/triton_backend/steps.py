@@ -69,6 +69,13 @@ class Task(NamedTuple):
         )
 
 
+class Places(NamedTuple):
+    """Where the rows of a tile lie that are not rows of a buffer."""
+
+    starts: Tensor  # [3, n] int64: of the student, the teacher and the gradient, in units from the first entry
+    unit: int  # entries: 16 where all rows are aligned, so that they are read 128 bits at a time, else 1
+
+
 class Tile(NamedTuple):
     """Projections of some rows to one range of the vocabulary."""
 
@@ -77,6 +84,7 @@ class Tile(NamedTuple):
     teacher: Tensor | None
     bias_s: Tensor | None  # from the first column on
     bias_t: Tensor | None
+    places: Places | None = None  # None: rows of a buffer, as many entries apart as the student's stride says
 
 
 def divergence_task(plan: Plan, dtype: torch.dtype = torch.float32) -> Task:
@@ -129,7 +137,8 @@ def statistics(
     n = sums.shape[1]
     tile_statistics.tile_statistics[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, labels, sums, *_shape(tile), n, first, *task.transforms,
-        KL=kl, TOP_TOO=anchored, BLOCK=tile_statistics.BLOCK, BY_TOKEN=task.by_token, **launch.on(tile.student.device),
+        KL=kl, TOP_TOO=anchored, BLOCK=_block(tile, tile_statistics.BLOCK), BY_TOKEN=task.by_token,
+        **_places(tile), **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -145,7 +154,8 @@ def values(tile: Tile, state: Tensor, task: Task, sums: Tensor) -> None:
     tile_values.tile_values[(n,)](
         tile.student, tile.teacher, tile.bias_s, tile.bias_t, state, sums, *_shape(tile), n, *task.transforms,
         task.uniforms,
-        term=task.term, BLOCK=tile_values.BLOCK, BY_TOKEN=task.by_token, **launch.on(tile.student.device),
+        term=task.term, BLOCK=_block(tile, tile_values.BLOCK), BY_TOKEN=task.by_token,
+        **_places(tile), **launch.on(tile.student.device),
     )  # fmt: skip
 
 
@@ -169,13 +179,27 @@ def gradient(
     tile_gradient.tile_gradient[(n,)](
         tile.student, tile.teacher, out, tile.bias_s, tile.bias_t, labels, row_scale, state, *_shape(tile), n, first,
         *task.transforms, task.slope_coefficient, task.ce_weight, task.uniforms,
-        term=task.term, BLOCK=tile_gradient.BLOCK, BY_TOKEN=task.by_token, **launch.on(tile.student.device),
+        term=task.term, BLOCK=_block(tile, tile_gradient.BLOCK), BY_TOKEN=task.by_token,
+        **_places(tile), **launch.on(tile.student.device),
     )  # fmt: skip
 
 
 def _shape(tile: Tile) -> tuple[int, int]:
-    """A kernel's V and stride16."""
-    return tile.student.shape[1], tile.student.stride(0) // ROW_ALIGNMENT
+    """A kernel's V, and the width of a row in units."""
+    V = tile.columns.stop - tile.columns.start
+    return V, tile.student.stride(0) // ROW_ALIGNMENT if tile.places is None else V // tile.places.unit
+
+
+def _places(tile: Tile) -> dict[str, Any]:
+    return {} if tile.places is None else {"places": tile.places.starts, "UNIT": tile.places.unit}
+
+
+def _block(tile: Tile, block: int) -> int:
+    """Entries of a kernel's block: enough for 128 bits a thread."""
+    if tile.places is None:
+        return block
+    assert tile.teacher is not None
+    return max(block, launch.THREADS * 16 // min(tile.student.itemsize, tile.teacher.itemsize))
 
 
 def _transformed(tile: Tile, task: Task) -> tuple[Tensor, Tensor | None]:

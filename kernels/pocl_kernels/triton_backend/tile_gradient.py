@@ -18,6 +18,7 @@ from pocl_kernels.triton_backend.device import (
     log_probabilities,
     projection_gradient,
     rounded,
+    row_of,
 )
 from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE_SUM, SUM_1, SUM_S, SUM_T, TOP_T
 
@@ -52,13 +53,15 @@ def tile_gradient(
     term: tl.constexpr,
     BLOCK: tl.constexpr,
     BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
+    places=None,  # [3, n] int64: where rows begin, in units of entries; None: stride16 units apart
+    UNIT: tl.constexpr = 16,  # 1: rows that are not aligned
 ):
     row = tl.program_id(0).to(tl.int64)
-    width = stride16 * 16
-    student += row * stride16 * 16
-    gradient += row * stride16 * 16
-    state += row
     step = n.to(tl.int64)
+    width = stride16 * UNIT
+    student = row_of(student, places, 0, step, row, stride16, UNIT)
+    gradient = row_of(gradient, places, 2, step, row, stride16, UNIT)
+    state += row
     w = tl.load(row_scale + row).to(tl.float32)
     if BY_TOKEN:
         inv_T = tl.load(inv_T + row)
@@ -74,7 +77,7 @@ def tile_gradient(
     c = 0.0
     z_t = 0.0
     if teacher is not None:
-        teacher += row * stride16 * 16
+        teacher = row_of(teacher, places, 1, step, row, stride16, UNIT)
         S_s = tl.load(state + SUM_S * step)
         S_t = tl.load(state + SUM_T * step)
         max_t = tl.load(state + MAX_T * step)
@@ -98,7 +101,7 @@ def tile_gradient(
             g = projection_gradient(
                 zs, q, slope, c, slope_coefficient, q_1, ce_weight, cols == label, w, scale_s, softcap_s
             )
-        g = rounded(tl.where(cols < V, g, 0.0), gradient)
+        g = rounded(tl.where(cols < V, g, 0.0), gradient, places is None)
         tl.store(gradient + cols, g, mask=cols < width)
 
 

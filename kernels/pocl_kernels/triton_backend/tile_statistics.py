@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms, times_log
+from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms, row_of, times_log
 from pocl_kernels.triton_backend.state import (
     LABEL,
     MAX_S,
@@ -70,12 +70,14 @@ def tile_statistics(
     TOP_TOO: tl.constexpr,  # the teacher's logit where the student's is largest as well
     BLOCK: tl.constexpr,
     BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
+    places=None,  # [3, n] int64: where rows begin, in units of entries; None: stride16 units apart
+    UNIT: tl.constexpr = 16,  # 1: rows that are not aligned
 ):
     row = tl.program_id(0).to(tl.int64)
-    width = stride16 * 16
-    student += row * stride16 * 16
-    sums += row
     step = n.to(tl.int64)
+    width = stride16 * UNIT
+    student = row_of(student, places, 0, step, row, stride16, UNIT)
+    sums += row
     if BY_TOKEN:
         inv_T = tl.load(inv_T + row)
     if labels is not None:
@@ -94,7 +96,7 @@ def tile_statistics(
     F = S_s
     R = S_s
     if teacher is not None:
-        teacher += row * stride16 * 16
+        teacher = row_of(teacher, places, 1, step, row, stride16, UNIT)
         m_t = tl.load(sums + MAX_T * step)
         S_t = lanes(sums + SUM_T * step, BLOCK)
         W = lanes(sums + SUM_W * step, BLOCK)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities
+from pocl_kernels.triton_backend.device import anchor, load_logits, log_probabilities, row_of
 from pocl_kernels.triton_backend.state import MAX_S, MAX_T, SLOPE, SUM_S, SUM_T, TOP_T, VALUE
 
 BLOCK = 2048
@@ -38,14 +38,16 @@ def tile_values(
     term: tl.constexpr,
     BLOCK: tl.constexpr,
     BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
+    places=None,  # [3, n] int64: where rows begin, in units of entries; None: stride16 units apart
+    UNIT: tl.constexpr = 16,  # 1: rows that are not aligned
 ):
     row = tl.program_id(0).to(tl.int64)
-    width = stride16 * 16
-    student += row * stride16 * 16
-    teacher += row * stride16 * 16
+    step = n.to(tl.int64)
+    width = stride16 * UNIT
+    student = row_of(student, places, 0, step, row, stride16, UNIT)
+    teacher = row_of(teacher, places, 1, step, row, stride16, UNIT)
     state += row
     sums += row
-    step = n.to(tl.int64)
     if BY_TOKEN:
         inv_T = tl.load(inv_T + row)
     max_s = tl.load(state + MAX_S * step)
