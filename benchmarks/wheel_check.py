@@ -16,24 +16,9 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = [
-    "--data.num_train",
-    "24",
-    "--data.num_validation",
-    "8",
-    "--data.num_test",
-    "8",
-    "--warmup.epochs",
-    "1",
-    "--curriculum.epochs",
-    "1",
-    "--curriculum.num_stages",
-    "2",
-    "--ranking.max_new_tokens",
-    "8",
-    "--evaluation.max_new_tokens",
-    "8",
-]
+SHORT = ["--data.num_train", "24", "--data.num_validation", "8", "--data.num_test", "8", "--curriculum.num_stages", "2"]
+SHORT += ["--warmup.epochs", "1", "--curriculum.epochs", "1"]
+SHORT += ["--ranking.max_new_tokens", "8", "--evaluation.max_new_tokens", "8"]
 COMMANDS = (
     ["--version"],
     ["rank", "quickstart", *SHORT, "--output", "run"],
