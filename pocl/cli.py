@@ -348,7 +348,10 @@ def _run(
             return
         from pocl.outcome import plot_ranking, print_outcome
         from pocl.pipeline import run
+        from pocl.pipeline.curricula import advice_on_stages
 
+        if until == "report" and _is_first_process() and (advice := advice_on_stages(recipe)):
+            console.print(f"[yellow]Note:[/yellow] {advice}", highlight=False, soft_wrap=True)
         folder = run(recipe, until=until, change=change, console=console)
         if plot and _is_first_process():
             plot_ranking(folder, console)

@@ -12,6 +12,22 @@ from pocl.curriculum import Curriculum, Ramp, per_stage
 from pocl.pipeline.subsets import training_seed
 from pocl.recipe import Recipe
 
+HARMED_BY_RISING = frozenset({"fkl", "skew_rkl", "jsd"})  # in the first experiment of docs/evidence.md
+
+
+def advice_on_stages(recipe: Recipe) -> str | None:
+    """A sentence for a recipe whose stages did harm where this project measured them; None for any other."""
+    rises = all(
+        values[-1] > values[0] for values in (staged_values(recipe, key) for key in ("temperature", "kd_ratio"))
+    )
+    if not rises or recipe.loss.divergence not in HARMED_BY_RISING:
+        return None
+    return (
+        "Temperature and kd_ratio rise together in this recipe, as in the paper; in our own experiment that left the "
+        f"student 0.3 to 0.5 nats further from its teacher than plain distillation by {recipe.loss.divergence}: see "
+        "docs/evidence.md, and ask your own data with `pocl compare`."
+    )
+
 
 def curriculum_of(recipe: Recipe, subsets: Sequence[int] | None = None, batch_size: int = 0) -> Curriculum:
     """The curriculum that a recipe asks for.

@@ -189,7 +189,8 @@ class CurriculumSection(Section):
     max_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
     """Optimizer steps of each stage, in place of `epochs`; one number, or one for each stage."""
     temperature: PositiveSchedule = (1.0, 2.0)
-    """Of both softmaxes; one number, a pair, or one for each stage."""
+    """Of both softmaxes; one number, a pair, or one for each stage. The default is the paper's; rising together with
+    kd_ratio it harmed in our own experiment (docs/evidence.md)."""
     kd_ratio: FractionSchedule = (0.7, 1.0)
     """Weight of the distillation loss against label cross-entropy; one number, a pair, or one for each stage."""
     skew: SkewSchedule = (0.1,)
