@@ -1,11 +1,12 @@
 """Rows to tokens, ranking, memory and second launches at scale, against an earlier commit of this repository.
 
     python -m benchmarks.bench_data --data dolly.jsonl            # everything but the million rows
-    python -m benchmarks.bench_data --data dolly.jsonl --save rows rank launch memory
+    python -m benchmarks.bench_data --data dolly.jsonl --save rows rank launch relaunch memory
 
 `rows`: Dolly-like rows a second to tokens under a chat template; `rank`: a million scores; `launch`: what the second
-launch of a run does before any weight is loaded, with 1 GB of weights; `memory`: the data step over `--count` rows. All
-but the last run side by side with the commit `--against`, each measurement in a process of its own.
+launch of a run does before any weight is loaded, with 1 GB of weights; `relaunch`: whole second launches, see
+`relaunch.py`; `memory`: the data step over `--count` rows. The first three run side by side with the commit
+`--against`. Each measurement runs in a process of its own.
 """
 
 import argparse
@@ -21,8 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # of a child, behind the tree that it measures
+
+from benchmarks.relaunch import relaunches, until_training  # noqa: E402
+
 BEFORE = "0f73454"
-PARTS = ("rows", "rank", "launch", "memory")
+PARTS = ("rows", "rank", "launch", "relaunch", "memory")
 MIB = 2**20
 
 
@@ -89,7 +94,7 @@ def peak_of_the_data_step(data: str, output: str) -> dict[str, float]:
 
 CHILDREN = {
     function.__name__: function
-    for function in (rows_a_second, seconds_to_rank, seconds_to_know_weights, peak_of_the_data_step)
+    for function in (rows_a_second, seconds_to_rank, seconds_to_know_weights, peak_of_the_data_step, until_training)
 }
 
 # --------------------------------------------------------------------------------------------------- the parent
@@ -158,8 +163,8 @@ def main() -> None:
         return
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    if options.data is None and {"rows", "memory"} & set(options.parts):
-        parser.error("rows and memory need --data FILE")
+    if options.data is None and {"rows", "relaunch", "memory"} & set(options.parts):
+        parser.error("rows, relaunch and memory need --data FILE")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "before").mkdir()
@@ -173,6 +178,9 @@ def main() -> None:
         if "launch" in options.parts:
             found = launches(trees, options.runs, options.weights_mb * MIB, Path(scratch, "launch"))
             results["launch"] = {"mib": options.weights_mb} | found
+        if "relaunch" in options.parts:
+            found = relaunches(options.data, ROOT, options.runs, Path(scratch, "relaunch"), measured)
+            results["relaunch"] = found
         if "memory" in options.parts:
             file = Path(scratch, "rows.jsonl")
             with file.open("w", encoding="utf-8") as stream:

@@ -18,7 +18,7 @@ from pocl.data.encoder import IGNORE_INDEX, Encoder
 from pocl.data.parallel import check_workers
 from pocl.data.report import DataReport
 from pocl.data.rows import CHUNK, Piece, in_chunks, map_rows, row_schema, write_rows
-from pocl.data.tables import slice_of
+from pocl.data.tables import slices
 from pocl.data.templates import TEMPLATES, render_prompt, resolve_template
 from pocl.run_folder import write_text
 
@@ -215,8 +215,8 @@ def rows_fingerprint(examples: Dataset, tokenizer: Any, options: Mapping[str, An
     digest.update(json.dumps([*parts, tokenizer.init_kwargs], sort_keys=True, default=str).encode())
     digest.update(vocabulary.encode())
     digest.update(model.serialized_model_proto() if model is not None else b"")
-    for first in range(0, len(examples), CHUNK):
-        chunk = slice_of(examples, first, CHUNK).combine_chunks()
+    for chunk in slices(examples, CHUNK):
+        chunk = chunk.combine_chunks()
         chunk = chunk.take(pa.array(range(len(chunk))))  # a copy, that it lie the same however the table was cut
         for batch in chunk.replace_schema_metadata(None).to_batches():
             digest.update(batch.serialize())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import os
 import shutil
@@ -195,7 +194,9 @@ def _kept(tables: Iterator[pa.Table]) -> Dataset:
         return Dataset(pa.concat_tables(kept).combine_chunks(), fingerprint=generate_random_fingerprint())
     handle, path = tempfile.mkstemp(suffix=".arrow", dir=_scratch())
     with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, kept[0].schema) as writer:
-        for table in itertools.chain(kept, tables):
+        while kept:
+            writer.write_table(kept.pop(0))
+        for table in tables:
             writer.write_table(table)
     return Dataset.from_file(path)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
+from pocl.data.mapped import MappedPages
 from pocl.data.parallel import in_order
 from pocl.data.tables import slice_of
 from pocl.run_folder import replacing
@@ -61,8 +62,12 @@ def in_chunks(
     """
     from tqdm.auto import tqdm
 
+    pages = MappedPages(examples.data.table)
+
     def of_chunk(first: int) -> Result:
-        return work(slice_of(examples, first, size).to_pylist())
+        rows = slice_of(examples, first, size).to_pylist()
+        pages.give_back()
+        return work(rows)
 
     firsts = range(0, len(examples), size)
     with tqdm(total=len(examples), desc=title, unit=" samples", delay=2, disable=not progress) as bar:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pocl.data.files import BATCH, Place, kind_of, read_file
+from pocl.data.mapped import MappedPages
 
 READABLE = ".jsonl, .json, .csv, .txt (each also with .gz or .zst), .parquet and .arrow"
 _TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -87,6 +88,7 @@ class TableRows:
 
     def batches(self) -> Iterator[tuple[Place, list[Any]]]:
         table, names = _without_decoding(self.table)
+        pages = MappedPages(table.data.table) if hasattr(table, "data") else None
         number = 1
         with naming_damage(self.name):
             for columns in table.iter(BATCH):
@@ -96,6 +98,8 @@ class TableRows:
                 rows = [dict(zip(keys, values, strict=True)) for values in zip(*columns.values(), strict=True)]
                 yield Place("row", number), rows
                 number += len(rows)
+                if pages is not None:
+                    pages.give_back()
 
 
 def _without_decoding(table: Any) -> tuple[Any, dict[str, list[str]]]:

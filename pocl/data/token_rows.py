@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl.data.encoding import IGNORE_INDEX
+from pocl.data.tables import slices
 
 _CHUNK = 8192  # rows that are looked at together
 _COLUMNS = ("sample_id", "input_ids", "labels")
@@ -86,7 +87,7 @@ def summarize(rows: Any, name: str = "rows") -> RowsSummary:
     order, tokens, labels = (hashlib.blake2b(digest_size=8) for _ in range(3))
     longest = longest_prompt = largest = Extreme()
     num_labels = equal = shifted = 0
-    for chunk in _chunks(rows, name):
+    for chunk in chunks(rows, name):
         order.update(chunk.sample_ids.astype("<i8").tobytes())
         tokens.update(chunk.lengths.astype("<i8").tobytes())
         tokens.update(chunk.ids.astype("<i4").tobytes())
@@ -132,7 +133,7 @@ def check_map_style(rows: Any, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Some rows behind one another."""
 
     sample_ids: Numbers
@@ -141,13 +142,19 @@ class _Chunk:
     labels: Numbers
 
 
-def _chunks(rows: Any, name: str) -> Iterator[_Chunk]:
+def is_table(rows: Any) -> bool:
+    """Whether rows are a `datasets.Dataset` whose values are those of its Arrow table."""
     form = getattr(rows, "format", None)
-    if hasattr(rows, "with_format") and isinstance(form, Mapping) and form.get("type") != "custom":
+    return hasattr(rows, "with_format") and isinstance(form, Mapping) and form.get("type") != "custom"
+
+
+def chunks(rows: Any, name: str) -> Iterator[Chunk]:
+    """The rows, some thousand at a time; see `summarize` for the arguments and errors."""
+    if is_table(rows):
         _check_columns(rows.column_names, name)
         columns = [c for c in (*_COLUMNS, "attention_mask") if c in rows.column_names]
         start = 0
-        for table in rows.select_columns(columns).with_format("arrow").iter(_CHUNK):
+        for table in slices(rows, _CHUNK, columns):
             yield _from_arrow(table, name) or _read(table.to_pylist(), name, start)
             start += len(table)
         return
@@ -155,7 +162,17 @@ def _chunks(rows: Any, name: str) -> Iterator[_Chunk]:
         yield _read([rows[i] for i in range(start, min(start + _CHUNK, len(rows)))], name, start)
 
 
-def _from_arrow(table: Any, name: str) -> _Chunk | None:
+def row_lengths(rows: Any) -> Numbers:
+    """Tokens of each row."""
+    if not is_table(rows):
+        return np.array([len(rows[i]["input_ids"]) for i in range(len(rows))], dtype=np.int64)
+    import pyarrow.compute as pc
+
+    tables = slices(rows, columns=["input_ids"])
+    return np.concatenate([pc.list_value_length(table.column(0)).to_numpy() for table in tables]).astype(np.int64)
+
+
+def _from_arrow(table: Any, name: str) -> Chunk | None:
     """The rows of a table without a Python object each, or None if something about them is unusual."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -180,10 +197,10 @@ def _from_arrow(table: Any, name: str) -> _Chunk | None:
         or not flat.get("attention_mask", count).all()
     ):
         return None
-    return _Chunk(flat["sample_id"], count, flat["input_ids"], flat["labels"])
+    return Chunk(flat["sample_id"], count, flat["input_ids"], flat["labels"])
 
 
-def _read(rows: Sequence[Any], name: str, start: int) -> _Chunk:
+def _read(rows: Sequence[Any], name: str, start: int) -> Chunk:
     """Rows one by one; whatever is wrong with one is told here, in words."""
     sample_ids, parts, of_labels = [], [], []
     for number, row in enumerate(rows, start):
@@ -223,7 +240,7 @@ def _read(rows: Sequence[Any], name: str, start: int) -> _Chunk:
         parts.append(ids)
         of_labels.append(labels)
     lengths = np.array([len(part) for part in parts], dtype=np.int64)
-    return _Chunk(np.array(sample_ids, dtype=np.int64), lengths, np.concatenate(parts), np.concatenate(of_labels))
+    return Chunk(np.array(sample_ids, dtype=np.int64), lengths, np.concatenate(parts), np.concatenate(of_labels))
 
 
 def _ids_are_valid(ids: Numbers, labels: Numbers) -> bool:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pocl.data.files import BATCH
 from pocl.data.sources import Rows, TableRows
+from pocl.data.tables import write_parquet_table
 
 
 def write_whole_rows(rows: Rows, ids: Sequence[int], path: str | os.PathLike[str]) -> list[str]:
@@ -30,7 +31,7 @@ def write_whole_rows(rows: Rows, ids: Sequence[int], path: str | os.PathLike[str
     if isinstance(rows, TableRows) and hasattr(rows.table, "select"):
         chosen = rows.table.select(ids)
         kept = storable(chosen)
-        kept.to_parquet(path)
+        write_parquet_table(kept, path)
         return [name for name in chosen.column_names if name not in kept.column_names]
     types: dict[str, pa.DataType | None] = {}
     for batch in _chosen(rows, ids):

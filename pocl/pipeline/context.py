@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl.data.corpus import is_corpus
+from pocl.data.tables import write_parquet_table
 from pocl.digests import content_fingerprint
 from pocl.embedded import (
     EMBEDDED,
@@ -254,7 +255,7 @@ def in_memory(table: pa.Table, mark: str) -> Dataset:
 def write_parquet(table: Dataset, path: Path) -> None:
     """Write a table, whole or not at all."""
     with replacing(path) as temporary:
-        table.to_parquet(str(temporary))
+        write_parquet_table(table, temporary)
 
 
 def source_fingerprint(source: str, revision: str | None = None) -> str:

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from pocl.curriculum import Curriculum, Stage
-from pocl.data.tables import arrow_column, arrow_table
-from pocl.pipeline.context import Context, in_memory, read_parquet, write_parquet
+from pocl.data.tables import arrow_column, slice_of
+from pocl.pipeline.context import Context
 from pocl.pipeline.corpus import criteria_without_answers
 from pocl.pipeline.curricula import batch_size_of, curriculum_of, teacher_passes
 from pocl.pipeline.lora import merged_by
 from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
 from pocl.recipe import Recipe
-from pocl.run_folder import write_text
+from pocl.run_folder import replacing, write_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +44,7 @@ RANKING_COLUMNS = frozenset(
         "subset",
     }
 )
+_ROWS_AT_A_TIME = 8192
 SCALED_BY_AUTHORS = frozenset({"fkl", "jsd", "skew_rkl"})  # by T^2, in the code of the paper's authors
 
 
@@ -142,7 +143,7 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
     if "response" in ranked.column_names:
         # `response` is the reference in a data set that other trainers read: the student's answer gets another name
         ranked = ranked.rename_column("response", "student_response")
-    write_parquet(_beside_source(context, ranked), context.path / "ranking" / "ranked.parquet")
+    _write_ranked(context, ranked, context.path / "ranking" / "ranked.parquet")
     easiest, hardest = (_mean(ranked, part) for part in (0, num_stages - 1))
     return {
         "note": f"Mean cross-entropy {easiest:.2f} in the easiest part, {hardest:.2f} in the hardest; "
@@ -150,16 +151,27 @@ def rank_samples(context: Context) -> Mapping[str, Any]:
     }
 
 
-def _beside_source(context: Context, ranked: Dataset) -> Dataset:
-    """The ranking behind the columns of the data's own rows."""
-    from datasets import concatenate_datasets
+def _write_ranked(context: Context, ranked: Dataset, path: Path) -> None:
+    """Write the ranking behind the columns of the data's own rows, some rows at a time."""
+    import pyarrow.parquet as pq
+    from datasets import Features
 
-    source = read_parquet(context.path / "data" / "train-source.parquet")
-    if len(ranked) < len(source):  # both are in the order of the data
-        scored = np.isin(arrow_column(context.rows("train"), "sample_id"), arrow_column(ranked, "sample_id"))
-        source = in_memory(arrow_table(source).filter(pa.array(scored)), f"{source._fingerprint}-scored")
-    source = source.rename_columns(names_beside_ranking(source.column_names))
-    return concatenate_datasets([source, ranked], axis=1)
+    with pq.ParquetFile(context.path / "data" / "train-source.parquet") as source, replacing(path) as temporary:
+        scored = None
+        if len(ranked) < source.metadata.num_rows:  # both are in the order of the data
+            scored = np.isin(arrow_column(context.rows("train"), "sample_id"), arrow_column(ranked, "sample_id"))
+        features = Features.from_arrow_schema(source.schema_arrow)
+        names = names_beside_ranking(list(features))
+        features = Features({names[name]: kind for name, kind in features.items()} | ranked.features)
+        read = written = 0
+        with pq.ParquetWriter(temporary, features.arrow_schema) as writer:
+            for batch in source.iter_batches(_ROWS_AT_A_TIME):
+                chosen = batch if scored is None else batch.filter(pa.array(scored[read : read + len(batch)]))
+                read += len(batch)
+                if len(chosen):
+                    columns = [*chosen.columns, *slice_of(ranked, written, len(chosen)).columns]
+                    writer.write_table(pa.table(columns, schema=features.arrow_schema))
+                    written += len(chosen)
 
 
 def score_samples(context: Context, student: Any, rows: Dataset, folder: Path) -> Dataset:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pocl.models import view_of
 from pocl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from pocl.teacher.batches import rows_of
 from pocl.teacher.online import OnlineTeacher
@@ -23,6 +24,7 @@ from pocl.teacher.store import (
     ShardPlan,
     Store,
     data_fingerprint,
+    keyed,
     label_count,
     plan_shards,
     sample_key,
@@ -109,7 +111,9 @@ class HiddenStateCache:
 
     def check_contains(self, dataset: Any) -> None:
         """Raise a ValueError unless every row of a tokenised data set is in the cache."""
-        missing = [row for row in range(len(dataset)) if self._find(dataset[row]) is None]
+        counts, keys = np.array([found[1:] for found in keyed(dataset)], dtype=np.int64).reshape(-1, 2).T
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        missing = np.flatnonzero((counts > 0) & (self._keys[places] != keys)).tolist()
         if missing:
             names = ", ".join(str(dataset[row].get("sample_id", row)) for row in missing[:5])
             names += ", ..." * (len(missing) > 5)
@@ -216,7 +220,8 @@ class HiddenStateCache:
             disable_tqdm: show no progress bar.
 
         Raises:
-            ValueError: the folder holds a cache of something else (says what), or no row has a label.
+            ValueError: the folder holds a cache of something else (says what), no row has a label, or one is longer
+                than the teacher's context (names the sample).
             OSError: the disk is too small; said before anything is written.
         """
         online = teacher if isinstance(teacher, OnlineTeacher) else OnlineTeacher(teacher)
@@ -225,6 +230,7 @@ class HiddenStateCache:
         shards = plan_shards(dataset, max(1, shard_mb * 2**20 // (hidden_size * dtype.itemsize)))
         if not shards:
             raise ValueError("dataset has no row with a label; the teacher would have nothing to say")
+        _check_context(dataset[shards[0].rows[0]], online.model)
         store, plan = Store(path), _plan(shards, online, tokenizer, template, dtype, hidden_size)
         existing = store.read_json("plan.json")
         if existing is not None:
@@ -265,6 +271,15 @@ def _plan(
         "num_samples": sum(len(shard.keys) for shard in shards),
         "num_tokens": sum(shard.tokens for shard in shards),
     }
+
+
+def _check_context(longest: Mapping[str, Any], teacher: nn.Module) -> None:
+    view, tokens = view_of(teacher), len(longest["input_ids"])
+    if view.context and tokens > view.context:
+        raise ValueError(
+            f"dataset: sample {longest.get('sample_id')} has {tokens} tokens, and the context of the teacher, a "
+            f"{view.name}, is {view.context}; make rows with max_length={view.context} at most"
+        )
 
 
 def _fingerprint(teacher: Any, tokenizer: Any, template: str | None) -> dict[str, str]:

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pocl.data.token_rows import chunks, is_table
 from pocl.heads import IGNORE_INDEX
 from pocl.modes import follow_umask
 from pocl_kernels import Head
@@ -39,13 +40,34 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def sample_key(input_ids: Sequence[int], labels: Sequence[int]) -> int:
     """A 63-bit hash of a tokenised sample; the first label, which nothing predicts, is left out."""
-    content = np.asarray(input_ids, dtype=np.int32).tobytes() + np.asarray(labels[1:], dtype=np.int32).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+    return _key(np.asarray(input_ids, dtype=np.int32).tobytes(), np.asarray(labels[1:], dtype=np.int32).tobytes())
+
+
+def _key(input_ids: bytes, labels: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(input_ids + labels, digest_size=8).digest(), "little") >> 1
 
 
 def label_count(labels: Sequence[int]) -> int:
     """Positions that predict a label: the first token is never predicted."""
     return int((np.asarray(labels[1:]) != IGNORE_INDEX).sum())
+
+
+def keyed(dataset: Any) -> Iterator[tuple[int, int, int]]:
+    """Length, label count and key of each row of a data set."""
+    if not is_table(dataset):
+        for row in range(len(dataset)):
+            ids, labels = dataset[row]["input_ids"], dataset[row]["labels"]
+            yield len(ids), label_count(labels), sample_key(ids, labels)
+        return
+    for chunk in chunks(dataset, "dataset"):
+        stops = np.cumsum(chunk.lengths)
+        starts = stops - chunk.lengths
+        predicted = (chunk.labels != IGNORE_INDEX).astype(np.int64)
+        predicted[starts] = 0
+        counts = np.add.reduceat(predicted, starts).tolist()
+        ids, labels = chunk.ids.astype(np.int32).tobytes(), chunk.labels.astype(np.int32).tobytes()
+        for start, stop, count in zip((4 * starts).tolist(), (4 * stops).tolist(), counts, strict=True):
+            yield (stop - start) // 4, count, _key(ids[start:stop], labels[start + 4 : stop])
 
 
 @dataclass(frozen=True)
@@ -69,11 +91,9 @@ def plan_shards(dataset: Any, tokens_per_shard: int) -> list[ShardPlan]:
         tokens_per_shard: label tokens at which a shard is full.
     """
     seen: dict[int, tuple[int, int, int]] = {}  # key -> (length, row, count)
-    for row in range(len(dataset)):
-        sample = dataset[row]
-        count = label_count(sample["labels"])
+    for row, (length, count, key) in enumerate(keyed(dataset)):
         if count:
-            seen.setdefault(sample_key(sample["input_ids"], sample["labels"]), (len(sample["input_ids"]), row, count))
+            seen.setdefault(key, (length, row, count))
     ordered = sorted(((-length, row, count, key) for key, (length, row, count) in seen.items()))
     shards: list[ShardPlan] = []
     members: list[tuple[int, int, int]] = []

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from pocl.data.token_rows import row_lengths
 from pocl.heads import IGNORE_INDEX
 
 
@@ -39,7 +41,8 @@ class StageRows(Dataset[dict[str, Any]]):
 
     def lengths(self) -> list[int]:
         """Tokens of each chosen row."""
-        return [len(self.rows[i]["input_ids"]) for i in self.chosen]
+        found: list[int] = row_lengths(self.rows)[np.asarray(self.chosen, dtype=np.int64)].tolist()
+        return found
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = dict(self.rows[self.chosen[index % len(self.chosen)]])

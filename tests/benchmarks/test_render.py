@@ -51,6 +51,10 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "rows": {"now": {"rows_per_second": [7000, 7100]}, "before": {"rows_per_second": [1400, 1500]}},
         "rank": {"now": {"seconds": [0.7, 0.8]}, "before": {"seconds": [25.0, 26.0]}},
         "launch": {"now": {"second": [0.0, 0.1]}, "before": {"second": [0.8, 0.9]}},
+        "relaunch": {
+            "mib": 1026,
+            "now": {"imports": [4.0], "loading": [2.0], "beyond": [1.0, 1.1], "finished": [3.0, 3.1]},
+        },
         "memory": {"now": {"peak_mib": 1200.0, "peak_mib_of_a_worker": 600.0}, "count": 1_000_000},
     },
     "training": {

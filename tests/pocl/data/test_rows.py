@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from pocl.data import encoding, load_examples, rows, tokenize
 from pocl.data.encoding import RowMaker
-from pocl.data.tables import arrow_table, slice_of, values_of
+from pocl.data.tables import arrow_table, slice_of, slices, values_of
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,7 @@ def test_bad_rows_leave_no_file(shared_tokenizer: Any, tmp_path: Path) -> None:
 def test_slices_and_columns_are_those_of_the_selected_rows(order: list[int] | None) -> None:
     whole = Dataset.from_dict({"a": list(range(10)), "b": [str(i) for i in range(10)]})
     chosen = whole if order is None else whole.select(order)
-    assert list(values_of(chosen, "b", size=3)) == chosen["b"][:]
+    assert list(values_of(chosen, "b")) == chosen["b"][:]
+    assert [row for table in slices(chosen, 3) for row in table.to_pylist()] == chosen.to_list()
     assert arrow_table(chosen).to_pydict() == chosen.to_dict()
     assert slice_of(chosen, 1, 2).to_pydict() == chosen.select([1, 2]).to_dict()

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from pocl.data import Collator
+from pocl.models import view_of
 from pocl.models.fingerprint import model_fingerprint
 from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
 from pocl.teacher import cache as cache_module
@@ -52,6 +54,28 @@ def test_cached_states_are_the_online_ones_in_any_batch(tmp_path: Path, online: 
         assert torch.equal(cache.hidden_states(packed), cache.hidden_states(batch))
         torch.testing.assert_close(online.hidden_states(packed), online.hidden_states(batch), rtol=1e-5, atol=1e-5)
     assert torch.equal(cache.head.weight, online.head.weight)
+
+
+def test_a_table_of_rows_is_planned_and_found_as_a_list_of_them(tmp_path: Path, online: Any, rows: Any) -> None:
+    rows = [*rows, rows[4] | {"sample_id": 90}, {"sample_id": 91, "input_ids": [5, 6], "labels": [-100, -100]}]
+    table = Dataset.from_list(rows)
+    assert plan_shards(table, 50) == plan_shards(rows, 50)
+    assert plan_shards(table.select([3, 1, 2]), 50) == plan_shards([rows[3], rows[1], rows[2]], 50)
+    cache = build(tmp_path / "c", online, rows[:20])
+    cache.check_contains(table.select(range(20)))
+    for others in (rows, table):
+        with pytest.raises(ValueError, match=r"10 of 32 samples are not in it \(sample_id 20, 21, 22, 23, 24, "):
+            cache.check_contains(others)
+
+
+def test_a_row_longer_than_the_teachers_context_is_named(tmp_path: Path, online: Any, rows: Any) -> None:
+    context = view_of(online.model).context
+    assert context is not None
+    ids = [5] * (context + 1)
+    rows.append({"sample_id": 77, "input_ids": ids, "labels": ids})
+    with pytest.raises(ValueError, match=f"sample 77 has {context + 1} tokens, .* is {context}; make rows with"):
+        build(tmp_path / "c", online, rows)
+    assert not (tmp_path / "c").exists()
 
 
 def test_size_is_the_label_tokens_and_nothing_more(tmp_path: Path, online: Any) -> None:

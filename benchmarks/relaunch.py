@@ -1,0 +1,131 @@
+"""Launching a whole run again, cut off in training and finished, with about 1 GB of weights.
+
+Student and teacher are of 135M parameters in float32; six questions and three steps are enough, as none is measured.
+Of a run that was cut off, what counts is the time until training goes on, without the imports and the loading of models
+and checkpoint; of a finished one, the whole command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+STEPS = 3
+
+
+def prepare(data: Path, folder: Path) -> Path:
+    """A recipe with its student and rows, in a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pocl.embedded import teacher_folder
+
+    teacher = str(teacher_folder())
+    student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        student.model.norm.weight.mul_(1.01)  # another model than the teacher
+    student.save_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(teacher).save_pretrained(folder / "student")
+    lines = data.read_text(encoding="utf-8").splitlines()[: 2 * STEPS]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    recipe = {
+        "output": str(folder / "run"),
+        "teacher": {"model": teacher},
+        "student": {"model": str(folder / "student")},
+        "data": {"source": str(folder / "rows.jsonl"), "num_validation": 0, "num_test": 0}
+        | {"max_length": 32, "max_prompt_length": 16},
+        "teacher_cache": {"mode": "online"},
+        "warmup": {"epochs": 0},
+        "curriculum": {"kind": "constant", "num_stages": 1, "epochs": 1},
+        "training": {"batch_size": 2, "save_every": 1},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return folder / "recipe.yaml"
+
+
+def until_training(recipe: str, steps: str) -> dict[str, float]:
+    """Runs a recipe, and ends this process before it would train the step behind `steps`; what took how long."""
+    started = time.perf_counter()
+    import accelerate
+    import datasets
+    import torch
+    import transformers.trainer
+
+    import pocl.difficulty
+    import pocl.generation
+    import pocl.trainer.trainer
+    from pocl.pipeline import run
+    from pocl.recipe import load_recipe
+
+    del accelerate, datasets, torch
+    imported = time.perf_counter()
+    spent = {"loading": 0.0}
+    trained: list[float] = []
+    original = pocl.trainer.trainer.POCLTrainer.training_step
+
+    def step(trainer: Any, *words: Any, **options: Any) -> Any:
+        if len(trained) == int(steps):
+            whole = time.perf_counter() - imported
+            found = {"imports": imported - started, "loading": spent["loading"], "beyond": whole - spent["loading"]}
+            print(json.dumps(found), flush=True)
+            os._exit(0)
+        trained.append(time.perf_counter())
+        return original(trainer, *words, **options)
+
+    pocl.trainer.trainer.POCLTrainer.training_step = step  # type: ignore[method-assign]
+    trainer = transformers.trainer.Trainer
+    from pocl.pipeline.context import Context
+
+    for owner, name in (
+        (Context, "load_model"),
+        (trainer, "_load_from_checkpoint"),
+        (trainer, "_load_optimizer_and_scheduler"),
+    ):
+        setattr(owner, name, _timed(getattr(owner, name), spent))
+    run(load_recipe(recipe))
+    raise AssertionError("the run ended before the step")
+
+
+def _timed(function: Callable[..., Any], spent: dict[str, float]) -> Callable[..., Any]:
+    @contextmanager
+    def timer() -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        spent["loading"] += time.perf_counter() - before
+
+    def timed(*words: Any, **options: Any) -> Any:
+        with timer():
+            return function(*words, **options)
+
+    return timed
+
+
+def whole_command(recipe: Path, tree: Path) -> float:
+    """Seconds of `pocl distill`."""
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "kernels")))}
+    command = [sys.executable, "-m", "pocl", "distill", str(recipe)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | paths)
+    return time.perf_counter() - started
+
+
+def relaunches(data: Path, tree: Path, runs: int, folder: Path, measured: Callable[..., dict[str, float]]) -> Any:
+    """Seconds of second launches: `cut_off` (imports, loading, beyond) and `finished` (the whole command)."""
+    folder.mkdir()
+    recipe = prepare(data, folder)
+    measured(tree, until_training, recipe, STEPS - 1)
+    cut_off = [measured(tree, until_training, recipe, 0) for _ in range(runs)]
+    whole_command(recipe, tree)  # to the end
+    finished = [whole_command(recipe, tree) for _ in range(runs)]
+    sizes = [file.stat().st_size for file in (folder / "student").glob("*.safetensors")]
+    return {
+        "mib": round(2 * sum(sizes) / 2**20),
+        "now": {key: [one[key] for one in cut_off] for key in cut_off[0]} | {"finished": finished},
+    }
