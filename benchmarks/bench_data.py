@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # of a child, behind the tree that it measures
 
-from benchmarks.relaunch import relaunches, until_training  # noqa: E402
+from benchmarks.relaunch import make_runs, relaunches, until_training  # noqa: E402
 
 BEFORE = "0f73454"
 PARTS = ("rows", "rank", "launch", "relaunch", "memory")
@@ -179,8 +179,8 @@ def main() -> None:
             found = launches(trees, options.runs, options.weights_mb * MIB, Path(scratch, "launch"))
             results["launch"] = {"mib": options.weights_mb} | found
         if "relaunch" in options.parts:
-            found = relaunches(options.data, ROOT, options.runs, Path(scratch, "relaunch"), measured)
-            results["relaunch"] = found
+            recipes = make_runs(options.data.absolute(), ROOT, Path(scratch, "relaunch"), measured)
+            results["relaunch"] = relaunches(recipes, ROOT, options.runs, measured)
         if "memory" in options.parts:
             file = Path(scratch, "rows.jsonl")
             with file.open("w", encoding="utf-8") as stream:

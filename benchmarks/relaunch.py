@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,15 +117,25 @@ def whole_command(recipe: Path, tree: Path) -> float:
     return time.perf_counter() - started
 
 
-def relaunches(data: Path, tree: Path, runs: int, folder: Path, measured: Callable[..., dict[str, float]]) -> Any:
-    """Seconds of second launches: `cut_off` (imports, loading, beyond) and `finished` (the whole command)."""
+def make_runs(data: Path, tree: Path, folder: Path, measured: Callable[..., dict[str, float]]) -> tuple[Path, Path]:
+    """The recipes of two runs, one of them cut off in training and one finished."""
     folder.mkdir()
-    recipe = prepare(data, folder)
-    measured(tree, until_training, recipe, STEPS - 1)
-    cut_off = [measured(tree, until_training, recipe, 0) for _ in range(runs)]
-    whole_command(recipe, tree)  # to the end
-    finished = [whole_command(recipe, tree) for _ in range(runs)]
-    sizes = [file.stat().st_size for file in (folder / "student").glob("*.safetensors")]
+    cut_off, finished = prepare(data, folder), folder / "finished.yaml"
+    measured(tree, until_training, cut_off, STEPS - 1)
+    shutil.copytree(folder / "run", folder / "finished")
+    recipe = json.loads(cut_off.read_text(encoding="utf-8")) | {"output": str(folder / "finished")}
+    finished.write_text(json.dumps(recipe), encoding="utf-8")
+    whole_command(finished, tree)
+    return cut_off, finished
+
+
+def relaunches(
+    recipes: tuple[Path, Path], tree: Path, runs: int, measured: Callable[..., dict[str, float]]
+) -> dict[str, Any]:
+    """Seconds of launches of the run that was cut off (imports, loading, beyond), and of the finished one."""
+    cut_off = [measured(tree, until_training, recipes[0], 0) for _ in range(runs)]
+    finished = [whole_command(recipes[1], tree) for _ in range(runs)]
+    sizes = [file.stat().st_size for file in (recipes[0].parent / "student").glob("*.safetensors")]
     return {
         "mib": round(2 * sum(sizes) / 2**20),
         "now": {key: [one[key] for one in cut_off] for key in cut_off[0]} | {"finished": finished},
