@@ -44,7 +44,7 @@ def prepare(data: Path, folder: Path) -> Path:
         | {"max_length": 32, "max_prompt_length": 16},
         "teacher_cache": {"mode": "online"},
         "warmup": {"epochs": 0},
-        "curriculum": {"kind": "constant", "num_stages": 1, "epochs": 1},
+        "curriculum": {"kind": "constant", "epochs": 1, "temperature": 1.0, "kd_ratio": 1.0, "start": "last"},
         "training": {"batch_size": 2, "save_every": 1},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML

@@ -397,13 +397,15 @@ def _guarded(
 
 def quiet_libraries() -> None:
     """Leave the bars and the warnings to the steps' own."""
-    import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
+    # for when it is loaded, which takes seconds and need not be: a finished run reads no data
+    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "DATASETS_VERBOSITY": "critical"}  # it logs what it raises
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 def print_json(value: Any) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pocl.launcher import check_launcher_precision
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.disk import check_disk
 from pocl.pipeline.engine import Step, fingerprints, run_steps
@@ -83,7 +84,6 @@ def check_precision(recipe: Recipe) -> None:
             `check_launcher_precision`).
     """
     from pocl.devices import accelerator
-    from pocl.trainer.config import check_launcher_precision
 
     precision = recipe.training.precision
     check_launcher_precision({"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[precision])

@@ -8,11 +8,10 @@ from typing import Any
 
 from pocl.report.document import Code, Document, Heading, Paragraph, Picture, Table
 from pocl.report.intervals import difference, half_width
-from pocl.report.run import MODEL_NAMES, Run
+from pocl.report.run import MODEL_NAMES, SHOWN_SAMPLES, Run
 
 __all__ = ["Run", "extreme_samples", "results_table", "write_report"]
 
-_SHOWN_SAMPLES = 5
 _SHOWN_ANSWERS = 8
 
 
@@ -170,13 +169,13 @@ def _difficulty(run: Run, folder: Path, document: Document) -> None:
     )
 
 
-def extreme_samples(ranked: Mapping[str, Sequence[Any]]) -> tuple[Table, Table]:
+def extreme_samples(ranked: Mapping[str, Any]) -> tuple[Table, Table]:
     """The easiest and the hardest samples of a ranking in words, each from its end."""
     order = sorted(range(len(ranked["rank"])), key=lambda i: ranked["rank"][i])
-    return _sample_table(ranked, order[:_SHOWN_SAMPLES]), _sample_table(ranked, order[::-1][:_SHOWN_SAMPLES])
+    return _sample_table(ranked, order[:SHOWN_SAMPLES]), _sample_table(ranked, order[::-1][:SHOWN_SAMPLES])
 
 
-def _sample_table(ranked: Mapping[str, Sequence[Any]], chosen: Sequence[int]) -> Table:
+def _sample_table(ranked: Mapping[str, Any], chosen: Sequence[int]) -> Table:
     from pocl.report.figures import CRITERIA, fused_criteria
 
     titles = {

@@ -25,12 +25,12 @@ CRITERIA = {
 """What the columns of a ranking are called."""
 
 
-def fused_criteria(ranked: Mapping[str, Sequence[Any]]) -> list[str]:
+def fused_criteria(ranked: Mapping[str, Any]) -> list[str]:
     """The columns that were ranked by, from the `rank_<column>` beside them."""
     return [name.removeprefix("rank_") for name in ranked if name.startswith("rank_")]
 
 
-def draw_difficulty(ranked: Mapping[str, Sequence[Any]], path: Path) -> None:
+def draw_difficulty(ranked: Mapping[str, Any], path: Path) -> None:
     """Cross-entropies by part, and the rankings that were fused against each other, the first against each other one.
 
     Args:

@@ -16,6 +16,9 @@ MODEL_NAMES = {
     "student-warmup": "after warm-up",
     "student-final": "after the stages",
 }
+SHOWN_SAMPLES = 5
+"""Of the easiest and of the hardest ones, whose texts are shown."""
+_TEXTS = ("prompt", "response", "text")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class Run:
     recipe: Mapping[str, Any]
     steps: Mapping[str, Mapping[str, Any]]
     """Manifest entries by step."""
-    ranked: Mapping[str, Sequence[Any]]
-    """Columns of ranking/ranked.parquet, with `prompt` and `response` (a corpus: `text`) as they were ranked."""
+    ranked: Mapping[str, Any]
+    """Columns of numbers of ranking/ranked.parquet; and of its easiest and hardest samples, by their row, `prompt` and
+    `response` (a corpus: `text`) as they were ranked, and `student_response`."""
     test: Mapping[str, Sequence[Any]]
     """Columns of data/test.parquet."""
     results: Mapping[str, Mapping[str, Any]]
@@ -109,21 +113,45 @@ def _benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
     return {name: results for name, results in found.items() if results}
 
 
-def _ranked(path: Path) -> dict[str, list[Any]]:
-    """The ranking with the texts of its samples, whatever columns the data has."""
-    table, texts = _columns(path / "ranking" / "ranked.parquet"), _columns(path / "data" / "train.parquet")
-    if not table or not texts:
+def _ranked(path: Path) -> dict[str, Any]:
+    """The figures of the ranking, and the texts of its easiest and hardest samples by their row."""
+    ranking, train = path / "ranking" / "ranked.parquet", path / "data" / "train.parquet"
+    if not ranking.is_file() or not train.is_file():
         return {}
-    row_of = {number: row for row, number in enumerate(texts["id"])}
-    rows = [row_of[number] for number in table["sample_id"]]
-    names = [name for name in ("prompt", "response", "text") if name in texts]
-    return table | {name: [texts[name][row] for row in rows] for name in names}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(ranking) as file:
+        kinds = {field.name: field.type for field in file.schema_arrow if field.name not in _TEXTS}
+    numbers = [name for name, kind in kinds.items() if pa.types.is_integer(kind) or pa.types.is_floating(kind)]
+    table: dict[str, Any] = _columns(ranking, numbers)
+    order = sorted(range(len(table["rank"])), key=table["rank"].__getitem__)
+    shown = {table["sample_id"][row]: row for row in (*order[:SHOWN_SAMPLES], *order[-SHOWN_SAMPLES:])}
+    return table | _texts(ranking, "sample_id", ["student_response"], shown) | _texts(train, "id", _TEXTS, shown)
 
 
-def _columns(path: Path) -> dict[str, list[Any]]:
+def _texts(path: Path, key: str, names: Sequence[str], rows: Mapping[int, int]) -> dict[str, dict[int, str]]:
+    """Columns of a table as far as they are there, of the samples in `rows`: the texts by the values of `rows`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    wanted = pa.array(list(rows), pa.int64())
+    with pq.ParquetFile(path) as file:
+        found: dict[str, dict[int, str]] = {name: {} for name in names if name in file.schema_arrow.names}
+        for batch in file.iter_batches(columns=[key, *found]):
+            chosen = batch.filter(pc.is_in(batch[key], wanted))
+            for row in chosen.to_pylist():
+                for name, texts in found.items():
+                    texts[rows[row[key]]] = row[name]
+    return found
+
+
+def _columns(path: Path, names: Sequence[str] | None = None) -> dict[str, list[Any]]:
     if not path.is_file():
         return {}
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
+    with pq.ParquetFile(path) as file:  # `read_table` would load pandas
+        columns: dict[str, list[Any]] = file.read(columns=names).to_pydict()
     return columns

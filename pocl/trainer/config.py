@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import TrainingArguments
 
 from pocl.devices import accelerator
 from pocl.interval import Interval
+from pocl.launcher import check_launcher_precision
 
 LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy", "kl_to_teacher")
 
@@ -129,23 +129,3 @@ def check_reporters(names: str | Sequence[str] | None) -> None:
                 f"report_to: {name} needs a package that is not installed: pip install {name.replace('_', '-')}, or "
                 "leave it out (the run's log is kept anyway)"
             ) from error
-
-
-def check_launcher_precision(chosen: str) -> None:
-    """Refuses a launcher that would train in another precision than `bf16`, `fp16` or `no` asks for.
-
-    `accelerate launch` hands its choice on in the environment, where it would win in silence.
-
-    Raises:
-        ValueError: names both, and what to change.
-    """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if launched not in ("no", chosen):
-        raise ValueError(
-            f"accelerate was launched with mixed_precision {launched}, and the run asks for {_PRECISIONS[chosen]}: "
-            "leave mixed_precision out of the launcher's configuration (or launch with --mixed_precision no), and set "
-            "training.precision in the recipe, or bf16 and fp16 of POCLConfig"
-        )
-
-
-_PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
