@@ -97,6 +97,9 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.keys.shape[2]
 
+    def get_max_cache_shape(self) -> int:  # the name in transformers 5.10
+        return self.keys.shape[2]
+
 
 @dataclass
 class _Row:

@@ -182,7 +182,7 @@ class Store:
     @contextmanager
     def lock(self, index: int) -> Iterator[bool]:
         """Whether this process may write the shard; the system frees the lock of a process that dies."""
-        lock = FileLock(self.shard_path(index).with_suffix(".lock"), blocking=False)
+        lock = FileLock(self.shard_path(index).with_suffix(".lock"), timeout=0)
         try:
             lock.acquire()
         except Timeout:
