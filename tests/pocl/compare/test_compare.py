@@ -135,6 +135,16 @@ def test_killed_twice_it_ends_in_the_same_table_and_shares_what_arms_have_in_com
     assert seen == []
 
 
+@pytest.mark.slow
+def test_cells_in_processes_of_their_own_end_as_those_of_a_single_one(recipe: Path, tmp_path: Path) -> None:
+    words = ["compare", recipe, "--arms", "plain,pocl", "--seeds", "1"]
+    pocl(*words)
+    said = pocl(*words, "--jobs", 2, "--output", tmp_path / "beside")
+    assert "cell 2 of 2" in said
+    assert table_of(tmp_path / "comparison") == table_of(tmp_path / "beside")
+    assert list((tmp_path / "beside" / "cells").iterdir()) == []
+
+
 def test_a_single_seed_has_no_interval_and_arms_of_ones_own_are_compared(recipe: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
     values["compare"] = {
