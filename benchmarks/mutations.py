@@ -40,6 +40,7 @@ EAGER_HEADS = "exactness:form_of_head and eager-fast-fkl"
 ORACLE = "reference"
 OUTPUTS = "outputs:full_logits and compiled-fast-fkl"
 EAGER_OUTPUTS = "outputs:full_logits and eager-fast-fkl"
+AT_HAND = "logits:"
 BY_TOKEN = "by_token:call_of_its_own and compiled-fast-jsd"
 
 ROWS, PRELUDE, CE_ROWS = "cpu/divergence_rows.c", "cpu/prelude.h", "cpu/cross_entropy_rows.c"
@@ -187,6 +188,30 @@ MUTATIONS = (
     Mutation("the wrong anchor", ROWS, "while (top + 1 < V && !(zs[top] * inv_T == S.max)) top++;", "",
              "sharp:sharpest and compiled-fast"),
     Mutation("l - r without its shift", ROWS, "(z - zt[j]) * inv_T - shift;", "(z - zt[j]) * inv_T;", FKL),
+    # Logits at hand
+    Mutation("the teacher's rows at the student's places", ROWS, "places ? places[n + i]", "places ? places[i]",
+             AT_HAND + "compiled and padding"),
+    Mutation("the gradient at the student's places", ROWS, "places ? places[2 * n + i]", "places ? places[i]",
+             AT_HAND + "compiled and where_they_lie and beside"),
+    Mutation("rows V apart wherever they lie", ROWS, "places ? places[i] : i * V", "i * V",
+             AT_HAND + "compiled and where_they_lie"),
+    Mutation("padding's gradient left as it was", "eager/logits.py", "gradient[..., V:] = 0", "pass",
+             AT_HAND + "eager and padding and inplace"),
+    Mutation("ignored rows' gradient left as it was", "eager/logits.py",
+             "gradient[torch.unravel_index(without, gradient.shape[:-1])] = 0", "pass",
+             AT_HAND + "eager and ignored_rows and inplace"),
+    Mutation("over the logits without being asked", "eager/logits.py", "if plan.inplace else", "if True else",
+             AT_HAND + "eager and where_they_lie and beside"),
+    Mutation("float16 rounded before the loss scale", "logits.py", "student_logits.dtype == torch.float16",
+             "False", AT_HAND + "compiled and loss_scale"),
+    Mutation("a second backward pass from a gradient", "autograd.py", "if ctx.overwritten and (", "if False and (",
+             "logits_inplace:second"),
+    Mutation("no one is told that logits are a gradient", "autograd.py",
+             "torch.autograd.graph.increment_version(hidden)", "pass", "logits_inplace:saved"),
+    Mutation("a leaf overwritten", "logits.py", "if base.is_leaf and base.requires_grad:", "if False:",
+             "logits_inplace:named"),
+    Mutation("a teacher overwritten", "logits.py", "if first < other_last and other_first < last:", "if False:",
+             "logits_inplace:named"),
     Mutation("one temperature for all tokens", ROWS, "rate[i * by_token]", "rate[0]", BY_TOKEN),
     Mutation("one factor for all tokens", ROWS, "As[i * by_token]", "As[0]", BY_TOKEN),
     Mutation("one parameter for all tokens", ROWS, "uniforms + i * by_token * n_uniform", "uniforms", BY_TOKEN),

@@ -28,6 +28,7 @@ OUTPUTS = "triton/interpreted_outputs:full_logits and jsd-fast"
 LOW_OUTPUTS = "triton/interpreted_outputs:full_logits and jsd-low"
 GROUPS = "triton/interpreted_groups:chunks_and_groups"
 
+AT_HAND = "logits:triton and "
 DEVICE, ROWS = "triton_backend/device.py", "triton_backend/divergence_rows.py"
 STATISTICS, VALUES = "triton_backend/tile_statistics.py", "triton_backend/tile_values.py"
 SHARP, OWN_NUMBERS = "triton/interpreted_sharp:digits and ", "triton/interpreted_sharp:own_numbers and "
@@ -58,10 +59,20 @@ MUTATIONS = (
     Mutation("cross-entropy tempered", ROWS, "S_1 = add_exp(m_s, S_1, zs, 1.0)", "S_1 = add_exp(m_s, S_1, zs, inv_T)",
              FAST),
     Mutation("only the last block's slopes", ROWS, "C += tl.where", "C = tl.where", FAST),
+    Mutation("logits at hand as rows of a buffer", DEVICE, "tl.load(places + which * n + row) * UNIT",
+             "row * stride * UNIT", AT_HAND + "where_they_lie"),
+    Mutation("the student's places for all", DEVICE, "places + which * n + row", "places + row",
+             AT_HAND + "where_they_lie"),
+    Mutation("unaligned rows by sixteens", "triton_backend/logits.py", "all(map(aligned, tensors))", "True",
+             AT_HAND + "where_they_lie and odd"),
+    Mutation("a final gradient cut at float16's end", "triton_backend/tile_gradient.py", "gradient, places is None",
+             "gradient, True", AT_HAND + "loss_scale"),
+    Mutation("block ends of a row of its own width", "triton_backend/steps.py", "V // tile.places.unit",
+             "V // ROW_ALIGNMENT", AT_HAND + "every_divergence and jsd"),
     Mutation("rows side by side, without padding", ROWS, "student += row * stride16 * 16", "student += row * V",
              PADDING),
-    Mutation("entropy's sum not moved", STATISTICS, "keep_s * (U - d_s * S_s)", "keep_s * U", KL),
-    Mutation("the teacher's entropy not moved", STATISTICS, "keep_t * (W - d_t * S_t)", "keep_t * W", LOW_OUTPUTS),
+    Mutation("entropy's sum not moved", STATISTICS, "(U - d_s * by_fours(S_s, BLOCK))", "U", KL),
+    Mutation("the teacher's entropy not moved", STATISTICS, "(W - d_t * by_fours(S_t, BLOCK))", "W", LOW_OUTPUTS),
     Mutation("only the last tile's entropy of the teacher", STATISTICS, "W = lanes(sums + SUM_W * step, BLOCK)",
              "W = lanes(sums + SUM_W * step, BLOCK) * 0.0", LOW_OUTPUTS),
     Mutation("the teacher's entropy not moved between processes", STATE, "keep_t * (W - d_t * S_t)", "keep_t * W",
@@ -70,7 +81,7 @@ MUTATIONS = (
              "sums[SUM_U.value] / S", LOW_OUTPUTS),
     Mutation("right by less than the maximum", STATE, "sums[LABEL.value] >= sums[MAX_S.value]",
              "sums[LABEL.value] > sums[MAX_S.value]", LOW_OUTPUTS),
-    Mutation("KL's sum not moved", STATISTICS, "keep_t * F + moved * E + moved_f * S_t", "keep_t * F",
+    Mutation("KL's sum not moved", STATISTICS, "keep_t * F + moved * E + moved_f * by_fours(S_t, BLOCK)", "keep_t * F",
              KERNELS + "one_pass and rising"),
     Mutation("label counted from the tile's start", STATISTICS, ".to(tl.int32) - first", ".to(tl.int32)", LOW),
     Mutation("a maximum that rises from nothing", STATISTICS, 'tl.where(old == -float("inf"), 0.0, new - old)',

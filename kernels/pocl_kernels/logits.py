@@ -78,7 +78,8 @@ def fused_divergence(
     flat_labels = flattened_labels(labels, student_logits, ignore_index, vocab_size)
     row_scale, count = row_factors(student_logits, flat_labels, ignore_index, token_weight, reduction, normalizer)
     wants_gradient = student_logits.requires_grad and torch.is_grad_enabled()
-    if inplace and wants_gradient:
+    inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
+    if inplace:
         _check_inplace(student_logits, teacher_logits)
     # A GPU computes gradients in the backward pass, with the upstream gradient in them: to multiply them by it later
     # would read and write them once more. A CPU can look whether it is 1. float16 must be rounded after a loss scale.

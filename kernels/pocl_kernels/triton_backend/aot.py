@@ -37,6 +37,7 @@ from pocl_kernels.triton_backend import (
     tile_statistics,
     tile_values,
 )
+from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.terms import slope_sum, term_of
 
 TARGETS = {
@@ -59,10 +60,18 @@ class Variant:
     gradient: str = ""  # empty: none
     labels: bool = True
     head: bool = False  # bias and softcap on both models
+    at_hand: bool = False  # rows of logits where they lie, not of a buffer
 
     def __str__(self) -> str:
         parts = (self.kernel, self.divergence, self.logits, self.gradient and f"-> {self.gradient}")
-        return " ".join((*filter(None, parts), *(["no labels"] * (not self.labels)), *(["bias softcap"] * self.head)))
+        return " ".join(
+            (
+                *filter(None, parts),
+                *(["no labels"] * (not self.labels)),
+                *(["bias softcap"] * self.head),
+                *(["at hand"] * self.at_hand),
+            )
+        )
 
 
 class Report(NamedTuple):
@@ -93,10 +102,14 @@ def default_variants() -> list[tuple[Variant, str]]:
         Variant("tile_values", "jsd", "fp32"),
         Variant("tile_gradient", "jsd", "fp32", "fp16"),
     ]
+    chosen += [Variant("tile_statistics", name, "bf16", at_hand=True) for name in ("fkl", "jsd")]
+    chosen += [Variant("tile_values", "jsd", "bf16", at_hand=True)]
+    chosen += [Variant("tile_gradient", "jsd", "bf16", "bf16", at_hand=True)]
     result = [(variant, target) for variant in chosen for target in TARGETS]
     for name in DIVERGENCES:
         result += [(Variant("divergence_rows", name, "fp32", "fp32"), "sm_90")]
         result += [(Variant("tile_gradient", name, "fp32", "fp32"), "sm_80")]
+        result += [(Variant("tile_gradient", name, "bf16", "bf16", at_hand=True), "sm_90")]
     return list(dict.fromkeys(result))
 
 
@@ -144,6 +157,7 @@ def source(variant: Variant) -> ASTSource:
         "labels": "*i64" if variant.labels else None,
         "V": "i32",
         "stride16": "i32",
+        "places": "*i64" if variant.at_hand else None,
         "n": "i32",
         "first": "i32",
         "uniforms": ("fp32",) * len(term.uniforms if term else ()),
@@ -158,7 +172,8 @@ def source(variant: Variant) -> ASTSource:
         "KL": divergence is not None and divergence.kl_weights is not None,
         "BY_TOKEN": False,
         "TOP_TOO": divergence is not None and slope_sum(divergence) is None,
-        "BLOCK": module.BLOCK,
+        "UNIT": ROW_ALIGNMENT,
+        "BLOCK": launch.block(module.BLOCK, 2 if variant.logits == "bf16" else 4) if variant.at_hand else module.BLOCK,
     }
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):

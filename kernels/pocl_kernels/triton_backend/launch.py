@@ -14,6 +14,11 @@ MAX_REGISTERS = 128
 """Two programs fit a multiprocessor. Without the bound NVIDIA's assembler spills a little to fit three."""
 
 
+def block(least: int, itemsize: int) -> int:
+    """Entries of a kernel's block that give every thread 128 bits of a row."""
+    return max(least, THREADS * 16 // itemsize)
+
+
 def options(backend: str, warp_size: int) -> dict[str, int | bool]:
     """Launch options for a target, "cuda" or "hip". A fused multiply and add rounds once, not twice."""
     result: dict[str, int | bool] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": True}

@@ -195,11 +195,10 @@ def _places(tile: Tile) -> dict[str, Any]:
 
 
 def _block(tile: Tile, block: int) -> int:
-    """Entries of a kernel's block: enough for 128 bits a thread."""
     if tile.places is None:
         return block
     assert tile.teacher is not None
-    return max(block, launch.THREADS * 16 // min(tile.student.itemsize, tile.teacher.itemsize))
+    return launch.block(block, min(tile.student.itemsize, tile.teacher.itemsize))
 
 
 def _transformed(tile: Tile, task: Task) -> tuple[Tensor, Tensor | None]:

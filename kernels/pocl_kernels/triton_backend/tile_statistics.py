@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pocl_kernels.triton_backend.cost import Cost
-from pocl_kernels.triton_backend.device import exp, load_logit, load_logits, ratio_terms, row_of, times_log
+from pocl_kernels.triton_backend.device import by_fours, exp, load_logit, load_logits, ratio_terms, row_of, times_log
 from pocl_kernels.triton_backend.state import (
     LABEL,
     MAX_S,
@@ -87,23 +87,23 @@ def tile_statistics(
 
     m_s = tl.load(sums + MAX_S * step)
     S_s = lanes(sums + SUM_S * step, BLOCK)
-    S_1 = lanes(sums + SUM_1 * step, BLOCK)
-    U = lanes(sums + SUM_U * step, BLOCK)
+    S_1 = lanes(sums + SUM_1 * step, BLOCK // 4)
+    U = lanes(sums + SUM_U * step, BLOCK // 4)
     m_t = m_s
     S_t = S_s
-    W = S_s
-    E = S_s
-    F = S_s
-    R = S_s
+    W = U
+    E = U
+    F = U
+    R = U
     if teacher is not None:
         teacher = row_of(teacher, places, 1, step, row, stride16, UNIT)
         m_t = tl.load(sums + MAX_T * step)
         S_t = lanes(sums + SUM_T * step, BLOCK)
-        W = lanes(sums + SUM_W * step, BLOCK)
+        W = lanes(sums + SUM_W * step, BLOCK // 4)
     if KL:
-        E = lanes(sums + SUM_E * step, BLOCK)
-        F = lanes(sums + SUM_F * step, BLOCK)
-        R = lanes(sums + SUM_R * step, BLOCK)
+        E = lanes(sums + SUM_E * step, BLOCK // 4)
+        F = lanes(sums + SUM_F * step, BLOCK // 4)
+        R = lanes(sums + SUM_R * step, BLOCK // 4)
 
     top_s = tl.full([BLOCK], -float("inf"), tl.float32)
     top_t = top_s
@@ -133,14 +133,14 @@ def tile_statistics(
             v = below(zt, m_t) * inv_T
             a = exp(v)
             moved, moved_f, moved_r = ratio_terms(keep_t, keep_s, d_t - d_s)
-            F = keep_t * F + moved * E + moved_f * S_t
-            R = keep_s * R + moved * E + moved_r * S_s
-            E = keep_s * E + moved * S_t
+            F = keep_t * F + moved * E + moved_f * by_fours(S_t, BLOCK)
+            R = keep_s * R + moved * E + moved_r * by_fours(S_s, BLOCK)
+            E = keep_s * E + moved * by_fours(S_t, BLOCK)
             rest, f, r = ratio_terms(a, b, u - v)
-            E += rest
-            F += f
-            R += r
-            W = keep_t * (W - d_t * S_t) + times_log(a, v)
+            E += by_fours(rest, BLOCK)
+            F += by_fours(f, BLOCK)
+            R += by_fours(r, BLOCK)
+            W = keep_t * (W - d_t * by_fours(S_t, BLOCK)) + by_fours(times_log(a, v), BLOCK)
             S_t = keep_t * S_t + a
         elif teacher is not None:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)
@@ -150,14 +150,14 @@ def tile_statistics(
             keep_t = exp(-d_t)
             v = below(zt, m_t) * inv_T
             a = exp(v)
-            W = keep_t * (W - d_t * S_t) + times_log(a, v)
+            W = keep_t * (W - d_t * by_fours(S_t, BLOCK)) + by_fours(times_log(a, v), BLOCK)
             S_t = keep_t * S_t + a
         if TOP_TOO:
             top_t = tl.where(raw_s > top_s, zt, top_t)
             top_s = tl.maximum(top_s, raw_s)
-        U = keep_s * (U - d_s * S_s) + times_log(b, u)
+        U = keep_s * (U - d_s * by_fours(S_s, BLOCK)) + by_fours(times_log(b, u), BLOCK)
         S_s = keep_s * S_s + b
-        S_1 = exp(-raised) * S_1 + exp(zs)
+        S_1 = exp(-raised) * S_1 + by_fours(exp(zs), BLOCK)
 
     tl.store(sums + MAX_S * step, m_s)
     tl.store(sums + SUM_S * step, tl.sum(S_s, 0))
