@@ -32,7 +32,8 @@ def gradient_of(student: Tensor, V: int, plan: Plan, without: Tensor | None) -> 
     Padding of the vocabulary and the rows ``without`` a loss (indices) are 0 already; the rest is not yet written.
     """
     gradient = student.detach() if plan.inplace else torch.empty_like(student, memory_format=torch.contiguous_format)
-    gradient[..., V:] = 0
+    if gradient.shape[-1] > V:
+        gradient[..., V:] = 0
     if without is not None and len(without):
         gradient[torch.unravel_index(without, gradient.shape[:-1])] = 0
     return gradient
