@@ -66,6 +66,7 @@ def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, cha
         examples: of training, None where they could not be read.
         change: whether a folder of another recipe is accepted.
     """
+    from pocl.pipeline.hub import check_hub
     from pocl.pipeline.preflight import check_settings
     from pocl.pipeline.run import check_precision
 
@@ -75,6 +76,9 @@ def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, cha
         check_precision(recipe)
     with found.collecting():
         check_settings(recipe, names)
+    if "upload" in names:
+        with found.collecting():
+            check_hub(recipe)
     with found.collecting():
         _check_models(recipe, names, examples)
     with found.collecting():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PREFIX = "recipe:"
 # What a recipe says without an influence on the student that comes out.
-_INCIDENTAL = {"name", "output", "evaluation", "compare"}
+_INCIDENTAL = {"name", "output", "evaluation", "hub", "compare"}
 
 # Where models and data lie; what they hold counts by itself.
 _PLACES = {"teacher": {"model"}, "student": {"model"}, "data": {"source", "validation", "test"}}

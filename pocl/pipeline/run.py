@@ -12,9 +12,10 @@ from pocl.launcher import check_launcher_precision
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.disk import check_disk
 from pocl.pipeline.engine import Step, fingerprints, run_steps
+from pocl.pipeline.hub import check_hub
 from pocl.pipeline.made import make_models
 from pocl.pipeline.preflight import check_settings
-from pocl.pipeline.steps import CACHE, RANKING, build_steps
+from pocl.pipeline.steps import CACHE, RANKING, REPORT, UPLOAD, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder, RunFolderError, differences
 from pocl.run_lock import only_user
@@ -37,7 +38,8 @@ def run(
 
     Args:
         recipe: what to do.
-        until: name of the last step: models, data, teacher-cache, warm-up, ranking, training, evaluation, report.
+        until: name of the last step: models, data, teacher-cache, warm-up, ranking, training, evaluation, report (and
+            the upload, if one is asked for).
         change: accept a folder of a recipe that differs and do again what is affected.
         only: do the step `until` and none of those before it, which must be done.
         console: where progress is told; standard output when left out.
@@ -71,6 +73,8 @@ def run(
         marks = fingerprints(steps)
         pending = [step.name for step in needed if not folder.is_finished(step.name, marks[step.name])]
         processes.first(lambda: check_settings(recipe, pending))
+        if UPLOAD in pending:
+            processes.first(lambda: check_hub(recipe))
         processes.first(lambda: check_disk(recipe, pending))
         run_steps(needed, context, folder, context.console, processes)
     return path
@@ -101,6 +105,7 @@ def needed_for(steps: Sequence[Step], until: str, recipe: Recipe) -> list[Step]:
         ValueError: the recipe has no such step.
     """
     names = [step.name for step in steps]
+    until = names[-1] if until == REPORT else until  # what follows the report belongs to a whole run
     if until not in names:
         hints = {
             CACHE: "; to cache all the same, set teacher_cache.mode to cached",

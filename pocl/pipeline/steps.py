@@ -10,6 +10,7 @@ from pocl.pipeline.context import source_fingerprint
 from pocl.pipeline.curricula import curriculum_of
 from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
+from pocl.pipeline.hub import RECORD, upload_student
 from pocl.pipeline.lora import lora_settings
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
 from pocl.pipeline.subsets import takes_ranking
@@ -17,7 +18,7 @@ from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, tra
 from pocl.recipe import Recipe
 
 MODELS, DATA, ADAPTATION, CACHE, WARMUP, RANKING = "models", "data", "adaptation", "teacher-cache", "warm-up", "ranking"
-TRAINING, EVALUATION, REPORT = "training", "evaluation", "report"
+TRAINING, EVALUATION, REPORT, UPLOAD = "training", "evaluation", "report", "upload"
 
 
 def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerprint) -> list[Step]:
@@ -29,6 +30,8 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
     """
     values = recipe.model_dump(mode="json")
     values["student"].pop("lora")  # which matters where it is trained
+    for name in ("save_every", "log_every", "dataloader_workers", "report_to"):  # leave the weights as they are
+        values["training"].pop(name)
     seed = {"seed": recipe.seed}
     data = recipe.data.model_dump(mode="json")
     student_content = recipe.student.model and content(recipe.student.model, recipe.student.revision)
@@ -159,12 +162,25 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
         steps = [step for step in steps if step.name != RANKING]
     after = [step.name for step in steps]
     steps.append(Step(REPORT, "Tables and pictures of the run.", write_report, outputs=["report"], needs=after))
+    if recipe.hub.repository:
+        scored = [EVALUATION] if recipe.data.num_test else []
+        steps.append(
+            Step(
+                UPLOAD,
+                f"The folder student/, and nothing else of the run, to {recipe.hub.repository}.",
+                upload_student,
+                outputs=[RECORD],
+                needs=[TRAINING, *scored, REPORT],
+                settings=_part(values, "hub"),
+            )
+        )
     return steps
 
 
 def in_all_stages(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of training that hold outside the stages, too."""
-    return {key: value for key, value in values["training"].items() if key not in ("seed", "draw", "metric")}
+    of_stages = ("seed", "draw", "metric", "eval_every")
+    return {key: value for key, value in values["training"].items() if key not in of_stages}
 
 
 def _part(values: dict[str, object], *sections: str) -> dict[str, object]:

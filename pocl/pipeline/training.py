@@ -285,9 +285,9 @@ def _trainer(
         lr_scheduler_kwargs={"min_lr_rate": training.min_learning_rate_ratio},
         bf16=training.precision == "bfloat16",
         fp16=training.precision == "float16",
-        eval_strategy="epoch" if evaluates else "no",
+        warmup_steps=training.warmup_steps,
+        **_intervals(training.eval_every, evaluates),
         eval_on_start=evaluates,
-        save_strategy="epoch",
         save_every=training.save_every,
         report_to=list(training.report_to) or "none",
         load_best_model_at_end=evaluates and curriculum.start == "best",
@@ -296,7 +296,9 @@ def _trainer(
         seed=training_seed(recipe) if in_stages else recipe.seed,
         disable_tqdm=quiet,  # transformers would derive it from its log level
         **_checkpointing(training.activation_checkpointing),
-        **{"logging_steps": 1 if len(rows) < 5000 else 10, **training.extra},
+        logging_steps=training.log_every or (1 if len(rows) < 5000 else 10),
+        dataloader_num_workers=training.dataloader_workers,
+        **training.extra,
         **options,
     )
     labels_alone = all(stage.kd_ratio == 0 for stage in curriculum.stages)
@@ -320,6 +322,13 @@ def _trainer(
     if quiet:
         trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _intervals(eval_every: int | str, evaluates: bool) -> dict[str, Any]:
+    """Evaluations, and with them the checkpoints that the best one is chosen from."""
+    if not evaluates or eval_every == "epoch":
+        return {"eval_strategy": "epoch" if evaluates else "no", "save_strategy": "epoch"}
+    return {"eval_strategy": "steps", "eval_steps": eval_every, "save_strategy": "steps", "save_steps": eval_every}
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

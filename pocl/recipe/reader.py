@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from pocl.recipe.arguments import place_of_argument
 from pocl.recipe.sections import SHORTHAND, Recipe
 from pocl.run_folder import MANIFEST, RECIPE
 
@@ -223,6 +224,8 @@ def _suggestion(key: str) -> str:
     """`; did you mean ...?`, or where to look."""
     known, section, leaf = known_keys(), *key.rpartition(".")[::2]
     sections = _sections()
+    if section in ("", "training") and (place := place_of_argument(leaf)):
+        return f"; of TrainingArguments a recipe takes it elsewhere: {place}"
     if not section:
         if (option := f"--{key.replace('_', '-')}") in COMMAND_OPTIONS:
             return f"; this command has no {option}, others have"

@@ -281,7 +281,17 @@ class EvaluationSection(Section):
     """Also evaluate the teacher, the mark to reach."""
 
 
-SHORTHAND = {"teacher": "model", "student": "model", "data": "source"}
+class HubSection(Section):
+    """Uploading the finished student. A plain string stands for `repository`."""
+
+    repository: str | None = None
+    """Upload `student/`, weights, tokenizer and model card, to this repository of the Hugging Face hub when all else is
+    done, as in `me/my-student`. The token is that of HF_TOKEN or `hf auth login`, never of a recipe."""
+    private: bool = True
+    """Where the repository is made by this upload: seen by you alone."""
+
+
+SHORTHAND = {"teacher": "model", "student": "model", "data": "source", "hub": "repository"}
 
 
 class Recipe(Section):
@@ -304,6 +314,7 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     teacher_cache: TeacherCacheSection = TeacherCacheSection()
     evaluation: EvaluationSection = EvaluationSection()
+    hub: HubSection = HubSection()
     compare: CompareSection = CompareSection()
 
     @model_validator(mode="before")

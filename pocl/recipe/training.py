@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from pocl.interval import Interval
 from pocl.recipe.comparing import Section
@@ -24,6 +32,13 @@ def _as_interval(value: Any) -> Any:
     return str(value)
 
 
+def _steps_or_epoch(value: Any) -> Any:
+    steps = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+    if steps != "epoch" and not (isinstance(steps, int) and steps > 0):
+        raise ValueError(f"must be `epoch`, or a number of optimizer steps of at least 1, got {value!r}")
+    return steps
+
+
 class TrainingSection(Section):
     """The optimisation of warm-up and stages alike."""
 
@@ -36,7 +51,10 @@ class TrainingSection(Section):
     adam_beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
     """AdamW's memory for squared gradients; 0.95 suits runs of a few hundred steps."""
     max_grad_norm: PositiveFloat = 1.0
-    """Longer gradients are scaled down to this norm."""
+    """Gradient clipping: longer ones are scaled down to this norm."""
+    warmup_steps: NonNegativeFloat = 0.0
+    """Optimizer steps at the start of each stage in which the learning rate rises to its peak; below 1: that fraction
+    of the stage's steps."""
     min_learning_rate_ratio: Fraction = 1e-3
     """Where the cosine ends, as a fraction of its peak."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -55,9 +73,22 @@ class TrainingSection(Section):
     save_every: Annotated[str, BeforeValidator(_as_interval)] = "10min"
     """A kill costs no more than this: checkpoints every so many optimizer steps (500) or so long (90s, 10min, 2h), and
     at every epoch's end."""
+    eval_every: Annotated[PositiveInt | Literal["epoch"], BeforeValidator(_steps_or_epoch)] = "epoch"
+    """Measure the validation samples at every epoch's end, or every so many optimizer steps and at a stage's end; there
+    are the weights that `best` is chosen from."""
+    log_every: PositiveInt | None = None
+    """Optimizer steps between two lines of the log. Empty: 1 below 5,000 samples, else 10."""
+    dataloader_workers: NonNegativeInt = 0
+    """Processes that load batches beside the training. 0: the training process itself."""
     report_to: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Where transformers also reports what is logged, such as tensorboard or wandb; the run's log is kept anyway."""
     extra: dict[str, Any] = {}  # noqa: RUF012
-    """Further fields of transformers' TrainingArguments, checked by name, such as `{warmup_steps: 0.05,
-    dataloader_num_workers: 2, logging_steps: 5}`: a twentieth of each stage's steps with a rising learning rate, and so
-    on. What the recipe sets elsewhere is refused here."""
+    """Further fields of transformers' TrainingArguments, checked by name, such as `{adam_epsilon: 1.0e-6,
+    neftune_noise_alpha: 5}`. What the recipe sets elsewhere is refused here."""
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _whole_or_a_fraction(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"must be a number of steps, or a fraction of a stage's steps below 1, got {value:g}")
+        return value

@@ -55,6 +55,13 @@ class StageBar(TrainerCallback):
             self.bar = None
 
 
+class EvaluateLast(TrainerCallback):
+    """Where evaluations come by steps, the last weights of a stage are measured, too: they may be its best."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_evaluate |= args.eval_strategy == "steps" and state.global_step >= state.max_steps
+
+
 class Evaluations:
     """The evaluations of a stage so far, by the metric that is to choose the best, from the log that checkpoints keep.
 

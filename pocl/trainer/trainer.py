@@ -22,7 +22,7 @@ from pocl.data import Collator
 from pocl.interval import Interval
 from pocl.modes import follow_umask
 from pocl.teacher import Teacher
-from pocl.trainer.callbacks import Convergence, StageBar
+from pocl.trainer.callbacks import Convergence, EvaluateLast, StageBar
 from pocl.trainer.card import distillation_section
 from pocl.trainer.checks import check_eval_rows, check_rows, check_setup, divergence_of, packs
 from pocl.trainer.config import POCLConfig
@@ -130,6 +130,7 @@ class POCLTrainer(StagedTrainer):
         self.on_policy = OnPolicy.of(self) if args.on_policy else None
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageBar(self))
+        self.add_callback(EvaluateLast())
         if args.save_every is not None:
             self.add_callback(SaveEvery(Interval.parse(args.save_every), args.device))
         if self.curriculum.patience is not None:

@@ -176,11 +176,11 @@ def test_words_of_the_command_line(words: str, place: Path, tmp_path: Path, monk
     ("extra", "message"),
     [
         ("3", "training.extra: .*got 3"),
-        ("{warmup_step: 3}", r"TrainingArguments have no field warmup_step; did you mean warmup_steps\?"),
+        ("{adam_beta: 3}", r"TrainingArguments have no field adam_beta; did you mean adam_beta1\?"),
         ("{learning_rate: 0.1}", "learning_rate is decided by the recipe already; set curriculum.learning_rate"),
-        ("{eval_steps: 4}", "eval_steps is decided by the recipe already; evaluations and checkpoints come at every"),
-        ("{dataloader_num_workers: two}", "dataloader_num_workers must be a valid integer, .*got 'two'"),
-        ("{warmup_steps: [1]}", r"warmup_steps must be a valid number, got \[1\]"),
+        ("{eval_steps: 4}", "eval_steps is decided by the recipe already; set training.eval_every"),
+        ("{dataloader_prefetch_factor: two}", "dataloader_prefetch_factor must be a valid integer, .*got 'two'"),
+        ("{adam_epsilon: [1]}", r"adam_epsilon must be a valid number, got \[1\]"),
     ],
 )
 def test_further_fields_of_training_arguments(extra: str, message: str, place: Path, tmp_path: Path) -> None:

@@ -148,13 +148,14 @@ def test_whether_the_temperature_scales_the_loss_reaches_the_trainer(
     assert options["scale_by_temperature"] is scaled
 
 
-def test_further_fields_reach_the_trainer_of_every_stage(tmp_path: Path, finished: Path) -> None:
+def test_evaluations_by_steps_and_further_keys_reach_every_stage(tmp_path: Path, finished: Path) -> None:
     import json
 
     from ..conftest import pocl
 
-    extra = "{warmup_steps: 2, logging_steps: 1, dataloader_num_workers: 1}"
-    words = ["--output", tmp_path / "run", "--warmup.epochs", "0", "--num_test", "0", "--training.extra", extra]
+    words = ["--output", tmp_path / "run", "--warmup.epochs", "0", "--num_test", "0", "--warmup_steps", "2",
+             "--log_every", "1", "--dataloader_workers", "1", "--eval_every", "4", "--metric", "loss",
+             "--curriculum.epochs", "2", "--training.extra", "{adam_epsilon: 1.0e-6}"]  # fmt: skip
     result = pocl("distill", finished / "recipe.yaml", *words)
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()]
@@ -162,3 +163,5 @@ def test_further_fields_reach_the_trainer_of_every_stage(tmp_path: Path, finishe
         rates = [line["learning_rate"] for line in lines if line.get("stage") == stage and "loss" in line]
         assert len(rates) >= 3
         assert (rates[0], rates[1], rates[2]) == (0, 5e-5, 1e-4)  # two steps to the peak, in each stage anew
+    measured = [line["step"] for line in lines if "eval_loss" in line]
+    assert measured == [0, 4, 6, 10, 14, 18]  # stages of 6 and 12 steps: the last of each is among them
