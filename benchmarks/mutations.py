@@ -242,8 +242,8 @@ MUTATIONS = (
              "m = log_mix(l, r, beta)", ORACLE),
     Mutation("oracle: forward for reverse", "reference.py", 'if name == "rkl":\n        return kl(l, r)',
              'if name == "rkl":\n        return kl(r, l)', ORACLE),
-    Mutation("oracle: padding as logits", "reference.py", "logits[:, :vocab_size] / temperature",
-             "logits / temperature", ORACLE),
+    Mutation("oracle: padding as logits", "reference.py", "logits(hidden, head)[:, :vocab_size]",
+             "logits(hidden, head)", ORACLE),
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from pocl_kernels.divergences import (
 )
 from pocl_kernels.head import Head
 from pocl_kernels.logits import fused_divergence
-from pocl_kernels.output import DivergenceOutput
+from pocl_kernels.output import CrossEntropyOutput, DivergenceOutput
 
 __all__ = [
     "DIVERGENCES",
@@ -28,6 +28,7 @@ __all__ = [
     "TVD",
     "Alpha",
     "AlphaBeta",
+    "CrossEntropyOutput",
     "Divergence",
     "DivergenceOutput",
     "ForwardKL",

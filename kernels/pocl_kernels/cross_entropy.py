@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from pocl_kernels import operators
 from pocl_kernels.arguments import (
     check_choices,
     check_hidden,
     flattened_labels,
+    reduced,
     row_factors,
     run_time_numbers,
 )
@@ -20,7 +23,8 @@ from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.head import Head, as_head, gathered
 from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace
 from pocl_kernels.operators import Choices
-from pocl_kernels.plan import CROSS_ENTROPY, Inputs
+from pocl_kernels.output import CrossEntropyOutput
+from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, LOG_SUM_EXP, LOSS, Inputs
 
 
 def fused_linear_cross_entropy(
@@ -28,6 +32,8 @@ def fused_linear_cross_entropy(
     head: Head | Tensor,
     labels: Tensor,
     *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
@@ -35,28 +41,54 @@ def fused_linear_cross_entropy(
     memory: str = "auto",
     workspace_mb: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+    process_group: ProcessGroup | None = None,
+    parts: bool = False,
+) -> Any:
     """Cross-entropy of a language model from hidden states, without its logits: scoring and supervised fine-tuning.
 
-    Equals ``torch.nn.functional.cross_entropy(logits, labels)`` over the valid tokens; arguments, reductions and
-    errors as in :func:`fused_linear_divergence`. Returns nats: a scalar, or ``[...]`` (0 at ignored positions) for
-    ``reduction="none"``.
+    Equals ``torch.nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)`` over the valid tokens,
+    plus ``z_loss`` times the square of the logits' log-sum-exp.
+
+    Args:
+        hidden: ``[..., H]`` last hidden states.
+        head: :class:`Head`, or a bare ``[V, H]`` weight.
+        labels: ``[...]`` int64, aligned: position i predicts ``labels[i]``; ``ignore_index`` drops a row before any
+            matrix product.
+        label_smoothing: share of the label's probability that all V tokens get alike, in [0, 1] (Szegedy et al. 2016).
+            Padding rows of the head are tokens here, as in PyTorch.
+        z_loss: factor of ``logsumexp(logits)**2``, at least 0, about 1e-4: keeps logits from drifting (PaLM, Chowdhery
+            et al. 2022).
+        parts: return a :class:`CrossEntropyOutput` in place of the loss alone; costs nothing.
+
+    All other arguments, reductions and errors are those of :func:`pocl_kernels.fused_linear_divergence`.
+
+    Returns:
+        The loss in nats, a tensor: a scalar, or ``[...]`` (0 at ignored positions) for ``reduction="none"``; with
+        ``parts`` a :class:`CrossEntropyOutput`.
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
     """
     head = gathered(as_head(head))
     check_hidden("", hidden, head)
     shape = hidden.shape[:-1]
     check_choices(reduction, memory, workspace_mb)
+    _check_numbers(label_smoothing, z_loss)
     check_backend(backend, hidden.device)
     mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, hidden, head, None)
     if labels is None:
         raise ValueError("labels=None: a cross-entropy needs the labels, a tensor of token ids")
-    flat_labels = flattened_labels(labels, hidden, ignore_index, head.vocab_size)
-    row_scale, _ = row_factors(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
-    choices = Choices("", backend, mode, "", autocast_products(hidden.device))
-    numbers, scales = run_time_numbers([1.0, 0.0, 1.0]), [head.scale, head.softcap or 0.0, 1.0, 0.0]
+    # No process alone knows a vocabulary that several share.
+    vocab_size = head.vocab_size if process_group is None else None
+    flat_labels = flattened_labels(labels, hidden, ignore_index, vocab_size)
+    row_scale, count = row_factors(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
+    group_name = "" if process_group is None else process_group.group_name
+    choices = Choices("", backend, mode, group_name, autocast_products(hidden.device))
+    numbers = run_time_numbers([1.0, 0.0, 1.0, label_smoothing, z_loss])
+    scales = [head.scale, head.softcap or 0.0, 1.0, 0.0]
 
     def run(
-        h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
+        h: Tensor, w: Tensor | None, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
         labels, numbers = constants
@@ -64,12 +96,26 @@ def fused_linear_cross_entropy(
             Inputs(h, w, b, None, None, None, labels, scale, state), numbers, scales, workspace_mb, ignore_index,
             wanted, choices,
         )  # fmt: skip
-        return Result(results[CROSS_ENTROPY], results, (dh, dw, db), state)
+        return Result(results[LOSS], results, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
     flat = hidden.reshape(-1, hidden.shape[-1])
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, _ = FusedLoss.apply(
+        loss, results = FusedLoss.apply(
             flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels, numbers
         )
-    return loss.reshape(shape) if reduction == "none" else loss
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    if not parts:
+        return loss
+    figures = [reduced(x, row_scale, reduction) for x in results.unbind()]
+    if reduction == "none":
+        figures = [x.reshape(shape) for x in figures]
+    return CrossEntropyOutput(loss, figures[CROSS_ENTROPY], figures[LOG_SUM_EXP], figures[ACCURACY], count)
+
+
+def _check_numbers(label_smoothing: float, z_loss: float) -> None:
+    if not (isinstance(label_smoothing, (int, float)) and 0.0 <= label_smoothing <= 1.0):
+        raise ValueError(f"label_smoothing={label_smoothing!r} must be in [0, 1]; 0 is the plain cross-entropy")
+    if not (isinstance(z_loss, (int, float)) and 0.0 <= z_loss < math.inf):
+        raise ValueError(f"z_loss={z_loss!r} must be a number, at least 0 and finite: a factor such as 1e-4")

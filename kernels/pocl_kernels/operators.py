@@ -64,7 +64,7 @@ def linear_loss(
 def operator(
     inputs: Sequence[Tensor | None],  # the fields of Inputs
     # [3 + parameters] on the CPU: temperature, factor of D, ce_weight, the divergence's parameters; or one a token,
-    # [3 + parameters, N] where the inputs are
+    # [3 + parameters, N] where the inputs are. Without a divergence: label smoothing and the z-loss's coefficient
     numbers: Tensor,
     # student's scale and softcap (0: none), then the teacher's; ce_weight again, for numbers that are one a token
     heads: Sequence[float],
@@ -94,6 +94,7 @@ def _compute(
     )
     if numbers.dim() == 2:
         ce_weight = heads[4]
+    smoothing, z_loss = (0.0, 0.0) if chosen.divergence else parameters
     kind = Divergence.classes[chosen.divergence] if chosen.divergence else None
     plan = Plan(
         divergence=None if kind is None else kind.from_parameters(parameters),
@@ -110,6 +111,8 @@ def _compute(
         memory=chosen.memory,
         later=later,
         inplace=later and bool(chosen.inplace),  # an operator must not change what it is given
+        label_smoothing=float(smoothing),
+        z_loss=float(z_loss),
         products=getattr(torch, chosen.products) if chosen.products else None,
     )
     if given.student_weight is None:

@@ -30,3 +30,21 @@ class DivergenceOutput(NamedTuple):
     """Entropy of the teacher's distribution at the given temperature, which is the divergence's, as the student's."""
     accuracy: Tensor | None
     """Whether the student gives no token more probability than the label, 1 or 0; None without labels."""
+
+
+class CrossEntropyOutput(NamedTuple):
+    """Result of :func:`pocl_kernels.fused_linear_cross_entropy` with ``parts=True``; all but ``loss`` are detached.
+
+    Reductions, token weights and the normaliser apply as in :class:`DivergenceOutput`.
+    """
+
+    loss: Tensor
+    """Cross-entropy with the labels smoothed, and ``z_loss * log_sum_exp**2``: what is differentiated."""
+    cross_entropy: Tensor
+    """Plain, on the labels as they are: what perplexity is made of."""
+    log_sum_exp: Tensor
+    """``logsumexp`` of a token's logits."""
+    accuracy: Tensor
+    """Whether no token has more probability than the label, 1 or 0."""
+    num_tokens: Tensor
+    """Number of tokens whose label is not ignored, int64 scalar."""

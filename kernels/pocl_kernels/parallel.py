@@ -27,6 +27,8 @@ class VocabularyGroup:
         self.sum(sizes)
         self.offset = int(sizes[:rank].sum())
         """Token id of this process's first row."""
+        self.total = int(sizes.sum())
+        """Tokens of all processes."""
         self.largest = int(sizes.max())
         """Rows of the largest share. Chunks are sized by it: all processes must sum blocks of the same rows."""
 

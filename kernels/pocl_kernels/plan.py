@@ -34,6 +34,8 @@ class Plan:
     memory: str = "fast"  # or "low"
     later: bool = False  # the weight's gradient may be a function of the upstream gradient
     inplace: bool = False  # the gradient of logits at hand may be written over them
+    label_smoothing: float = 0.0  # of the cross-entropy alone; so is the next
+    z_loss: float = 0.0
     products: torch.dtype | None = None  # 16-bit dtype for the factors of all matrix products; None: that of the inputs
 
     @property
@@ -103,6 +105,7 @@ class Inputs(NamedTuple):
 
 # Rows of :attr:`Rows.results`.
 DIVERGENCE, CROSS_ENTROPY, ENTROPY, TEACHER_ENTROPY, ACCURACY = range(5)
+LOSS, LOG_SUM_EXP = DIVERGENCE, ENTROPY  # where there is no divergence
 RESULTS = 5
 
 

@@ -10,19 +10,22 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.head import Head, as_head
-from pocl_kernels.output import DivergenceOutput
+from pocl_kernels.output import CrossEntropyOutput, DivergenceOutput
+
+
+def logits(hidden: Tensor, head: Head | Tensor) -> Tensor:
+    """In float64, ``[N, V]``."""
+    head = as_head(head)
+    z = hidden.double() @ head.weight.double().T
+    if head.bias is not None:
+        z = z + head.bias.double()
+    z = head.scale * z
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
 def log_probabilities(hidden: Tensor, head: Head | Tensor, temperature: float, vocab_size: int) -> Tensor:
     """``log softmax(logits / temperature)`` in float64 over the first ``vocab_size`` tokens: ``[N, vocab_size]``."""
-    head = as_head(head)
-    logits = hidden.double() @ head.weight.double().T
-    if head.bias is not None:
-        logits = logits + head.bias.double()
-    logits = head.scale * logits
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return torch.log_softmax(logits[:, :vocab_size] / temperature, dim=-1)
+    return torch.log_softmax(logits(hidden, head)[:, :vocab_size] / temperature, dim=-1)
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -141,6 +144,42 @@ def fused_linear_divergence(
     }
     parts = {k: v if k == "loss" or v is None else v.detach() for k, v in parts.items()}
     return DivergenceOutput(**parts, num_tokens=torch.tensor(count))  # type: ignore[arg-type]
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,
+    head: Head | Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> CrossEntropyOutput:
+    """The same contract as :func:`pocl_kernels.fused_linear_cross_entropy` with ``parts``, in float64."""
+    head, flat = as_head(head), labels.reshape(-1)
+    valid = flat != ignore_index
+    weight = torch.ones(len(flat)).double() if token_weight is None else token_weight.reshape(-1).double()
+    z = logits(hidden.reshape(-1, hidden.shape[-1])[valid], head)
+    lse = torch.logsumexp(z, -1)
+    ce = lse - z.gather(-1, flat[valid][:, None]).squeeze(-1)
+    # The target is (1 - smoothing) 1[label] + smoothing / V.
+    loss = (1 - label_smoothing) * ce + z_loss * lse**2
+    if label_smoothing:
+        loss = loss + label_smoothing * (lse - z.mean(-1))
+    right = (z.gather(-1, flat[valid][:, None]).squeeze(-1) == z.amax(-1)).double()
+    count = int(valid.sum())
+
+    def reduce(rows: Tensor) -> Tensor:
+        rows = rows * weight[valid]
+        if reduction == "none":
+            return torch.zeros(len(flat), dtype=torch.float64).masked_scatter(valid, rows).reshape(labels.shape)
+        return rows.sum() / ((normalizer or max(count, 1)) if reduction == "mean" else 1)
+
+    ce, lse, right = (reduce(rows).detach() for rows in (ce, lse, right))
+    return CrossEntropyOutput(reduce(loss), ce, lse, right, torch.tensor(count))
 
 
 def divergence_names() -> tuple[str, ...]:

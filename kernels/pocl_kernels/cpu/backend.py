@@ -21,7 +21,7 @@ from pocl_kernels import parallel
 from pocl_kernels.cpu import compiler, memory
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.eager import rows as eager
-from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
+from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
 from pocl_kernels.scalar import Program, trace
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
@@ -68,25 +68,29 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
 
 
 def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
-    """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``."""
+    """Per-row results of the cross-entropy alone, and the gradients of ``sum row_scale * loss``."""
     V, dtype, labels, row_scale = inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
     assert inputs.student_weight is not None
     assert labels is not None
     student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
-    results = torch.zeros(RESULTS, len(row_scale), dtype=dtype)
-    kernel = _cross_entropy_kernel(dtype)
+    results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
+    group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
+    kernel = _cross_entropy_kernel(dtype) if group is None else partial(eager.cross_entropy_rows, group=group)
     rows = counting_rows(labels, plan.ignore_index, row_scale)
-    size = evened(len(rows), int(LOGITS_SHARE * plan.workspace_mb * 2**20 / (V * dtype.itemsize)))
+    share = V if group is None else group.largest
+    size = evened(len(rows), int(LOGITS_SHARE * plan.workspace_mb * 2**20 / (share * dtype.itemsize)))
     for index in _split(rows, size):
         z = student.project(index)
-        out = torch.empty(len(index), dtype=dtype)
+        out = torch.zeros(len(index), RESULTS, dtype=dtype)
         chunk_scale = row_scale.index_select(0, index).to(dtype)
         picked = labels.index_select(0, index)
-        kernel(z, student.bias, plan.student_scale, plan.student_softcap, picked, chunk_scale, any(wanted), out)
-        results[CROSS_ENTROPY].index_copy_(0, index, out)
+        kernel(z, student.bias, picked, chunk_scale, plan, any(wanted), out)
+        results.index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, z)
-    return Rows(results, *student.gradients())
+    if group is not None and student.grad_hidden is not None:
+        group.sum(student.grad_hidden)
+    return Rows(results.T.contiguous(), *student.gradients())
 
 
 class _Projection:
@@ -272,10 +276,9 @@ def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
     def run(
         z: Tensor,
         bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
         labels: Tensor,
         row_scale: Tensor,
+        plan: Plan,
         want_grad: bool,
         out: Tensor,
     ) -> None:
@@ -283,10 +286,12 @@ def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
             ctypes.c_int64(z.shape[1]),
             _pointer(z),
             _pointer(bias),
-            ctypes.c_float(scale),
-            ctypes.c_float(softcap or 0.0),
+            ctypes.c_float(plan.student_scale),
+            ctypes.c_float(plan.student_softcap or 0.0),
             _pointer(labels),
             _pointer(row_scale),
+            ctypes.c_float(plan.label_smoothing),
+            ctypes.c_float(plan.z_loss),
             _pointer(out),
             ctypes.c_int(want_grad),
         )

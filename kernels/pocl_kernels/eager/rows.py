@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.parallel import VocabularyGroup
-from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS, TEACHER_ENTROPY, Plan
+from pocl_kernels.plan import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    DIVERGENCE,
+    ENTROPY,
+    LOG_SUM_EXP,
+    LOSS,
+    RESULTS,
+    TEACHER_ENTROPY,
+    Plan,
+)
 from pocl_kernels.scalar import weighted
 
 SUB_BLOCK_ELEMENTS = 1 << 20
@@ -73,25 +83,39 @@ def divergence_rows(
 def cross_entropy_rows(
     z: Tensor,  # [n, V], overwritten by the gradient if want_grad
     bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
     labels: Tensor,  # [n]
     row_scale: Tensor,  # [n]
+    plan: Plan,
     want_grad: bool,
-    out: Tensor,  # [n]
+    out: Tensor,  # [n, RESULTS]
+    group: VocabularyGroup | None = None,
 ) -> None:
-    """See ``cpu/cross_entropy_rows.c``."""
-    step = max(1, SUB_BLOCK_ELEMENTS // z.shape[1])
+    """As ``cpu/cross_entropy_rows.c``. With a group, V is this process's share of the vocabulary."""
+    scale, softcap, smoothing = plan.student_scale, plan.student_softcap, plan.label_smoothing
+    own, largest_share, V = z.shape[1], *((z.shape[1],) * 2 if group is None else (group.largest, group.total))
+    step = max(1, SUB_BLOCK_ELEMENTS // largest_share)
     for first in range(0, z.shape[0], step):
         part = slice(first, first + step)
         x = _transform(z[part], bias, scale, softcap)
-        index = labels[part, None]
-        l = torch.log_softmax(x, dim=-1)
-        out[part] = -l.gather(-1, index).squeeze(-1)
+        largest = _largest(x, group)
+        below = x - largest[:, None]
+        index, inside = _local(labels[part], own, group)
+        sums = torch.stack(
+            [below.exp().sum(-1), torch.where(inside, below.gather(-1, index).squeeze(-1), 0.0), below.sum(-1)], 1
+        )
+        log_sum, label, mean = (sums if group is None else group.sum(sums)).unbind(1)
+        log_sum, mean = log_sum.log(), mean / V
+        lse = largest + log_sum
+        rows = out[part]
+        rows[:, CROSS_ENTROPY] = log_sum - label
+        rows[:, LOSS] = (log_sum - label) + weighted(smoothing, label - mean) + weighted(plan.z_loss, lse * lse)
+        rows[:, LOG_SUM_EXP] = lse
+        rows[:, ACCURACY] = (label >= 0.0).to(x.dtype)
         if want_grad:
-            gradient = l.exp_()
-            gradient.scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=gradient.dtype))
-            gradient *= row_scale[part, None]
+            gradient = (below - log_sum[:, None]).exp_() * (1.0 + weighted(2.0 * plan.z_loss, lse[:, None]))
+            gradient -= smoothing / V
+            gradient.scatter_add_(-1, index, (smoothing - 1.0) * inside[:, None].to(gradient.dtype))
+            gradient = weighted(row_scale[part, None], gradient)
             _through_transform(gradient, x, scale, softcap)
             z[part] = gradient
 

@@ -166,6 +166,7 @@ def source(variant: Variant) -> ASTSource:
     known |= dict.fromkeys(("softcap", "softcap_s", "softcap_t"), "fp32" if variant.head else None)
     known |= dict.fromkeys(("row_scale", "results", "sums", "state"), "*fp32")
     known |= dict.fromkeys(("scale", "scale_s", "scale_t", "inv_T", "slope_coefficient", "ce_weight"), "fp32")
+    known |= dict.fromkeys(("smoothing", "share", "z_loss"), "fp32")
     constants = {
         "term": term and term.function,
         "SLOPE_SUM": divergence and slope_sum(divergence),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pocl_kernels.eager import rows as eager
 from pocl_kernels.parallel import VocabularyGroup
-from pocl_kernels.plan import CROSS_ENTROPY, RESULTS, Gradients, Inputs, Plan, Rows
+from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows, launch, low, steps
 from pocl_kernels.triton_backend.chunks import Chunks, allocated, on_device, scaled_weights
 from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
@@ -61,17 +61,23 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
 
 
 def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
-    """Per-row cross-entropy and the gradients of ``sum row_scale * cross_entropy``; the state as above."""
+    """Per-row results of the cross-entropy alone, and the gradients of ``sum row_scale * loss``; the state as above."""
     V, dtype, hidden = inputs.vocab_size, inputs.dtype, inputs.student_hidden
     assert inputs.student_weight is not None
-    task = steps.cross_entropy_task(plan.student_scale, plan.student_softcap)
     with on_device(hidden):
+        group = VocabularyGroup(plan.process_group, V, hidden.device) if plan.process_group else None
+        task = steps.cross_entropy_task(plan, V if group is None else group.total)
         student = Projection(hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, plan.products)
         chunks = Chunks(inputs.labels, inputs.row_scale, plan.ignore_index)
+        if group is not None and chunks.labels is not None:
+            low.check_labels(chunks.labels, V, group)
         row_scale = chunks.gather(inputs.row_scale)
         if plan.memory == "low":
-            return _low(student, None, chunks, row_scale, task, plan.workspace_mb, None, inputs.state)
-        results, gradients = _fast(student, None, chunks, row_scale, task, plan)
+            return _low(student, None, chunks, row_scale, task, plan.workspace_mb, group, inputs.state)
+        if group is not None:
+            results, gradients = low.at_once(student, None, chunks, row_scale, task, plan.workspace_mb, group)
+        else:
+            results, gradients = _fast(student, None, chunks, row_scale, task, plan)
         return Rows(chunks.scatter(results, 1), *gradients)
 
 
@@ -143,10 +149,7 @@ def _rows(
         eager.divergence_rows(tile.student, tile.teacher, bias_s, bias_t, labels, row_scale, plan, want_grad, results)
         return
     assert labels is not None
-    scale, softcap = task.transforms[:2]
-    eager.cross_entropy_rows(
-        tile.student, bias_s, scale, softcap, labels, row_scale, want_grad, results[:, CROSS_ENTROPY]
-    )
+    eager.cross_entropy_rows(tile.student, bias_s, labels, row_scale, plan, want_grad, results)
 
 
 def _divergence(
@@ -169,5 +172,5 @@ def _cross_entropy(
     scale, softcap = task.transforms[:2]
     cross_entropy_rows.cross_entropy_rows[(n,)](
         tile.student, gradient, tile.bias_s, labels, row_scale, results, V, tile.student.stride(0) // ROW_ALIGNMENT,
-        scale, softcap, BLOCK=cross_entropy_rows.BLOCK, **launch.on(tile.student.device),
+        scale, softcap, task.smoothing, task.z_loss, BLOCK=cross_entropy_rows.BLOCK, **launch.on(tile.student.device),
     )  # fmt: skip

@@ -153,3 +153,10 @@ def projection_gradient(z, q, slope, c, slope_coefficient, q_1, ce_weight, is_la
     if q_1 is not None:
         g += ce_weight * (q_1 - tl.where(is_label, 1.0, 0.0))
     return tl.where(w == 0.0, 0.0, w * jacobian(z, scale, softcap) * g)
+
+
+@triton.jit
+def cross_entropy_gradient(q, lse, is_label, smoothing, share, z_loss):
+    """``(1 + 2 z_loss lse) q - (1 - smoothing) 1[label] - share``, share = smoothing / V of the whole vocabulary."""
+    rise = tl.where(z_loss == 0.0, 1.0, 1.0 + 2.0 * z_loss * lse)
+    return rise * q - tl.where(is_label, 1.0 - smoothing, 0.0) - share

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.parallel import VocabularyGroup
-from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, DIVERGENCE, ENTROPY, RESULTS, TEACHER_ENTROPY
+from pocl_kernels.plan import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    DIVERGENCE,
+    ENTROPY,
+    LOG_SUM_EXP,
+    LOSS,
+    RESULTS,
+    TEACHER_ENTROPY,
+)
 from pocl_kernels.triton_backend import state as st
 from pocl_kernels.triton_backend import steps
 from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights
@@ -74,11 +83,20 @@ def of_rows(
         else:
             D, c = _second_pass(tiles(), state, task, group)
         results[DIVERGENCE], state[st.SLOPE_SUM.value] = D, c
+    _report(sums, labels, task, results)
+    return state
+
+
+def _report(sums: Tensor, labels: Tensor | None, task: Task, results: Tensor) -> None:
+    """Write what the sums over the whole vocabulary amount to, all but the divergence."""
+    if task.divergence is not None:
         results[ENTROPY : TEACHER_ENTROPY + 1] = st.entropies(sums)
+    else:
+        results[LOSS] = st.smoothed_loss(sums, task.smoothing, task.z_loss, task.V)
+        results[LOG_SUM_EXP] = st.log_sum_exp(sums)
     if labels is not None:
         results[CROSS_ENTROPY] = st.cross_entropy(sums)
         results[ACCURACY] = st.accuracy(sums)
-    return state
 
 
 def backward(
@@ -108,7 +126,7 @@ def backward(
 
 def at_once(
     student: Projection,
-    teacher: Projection,
+    teacher: Projection | None,
     chunks: Chunks,
     row_scale: Tensor,
     task: Task,
@@ -129,11 +147,9 @@ def at_once(
         steps.statistics(tile, labels, group.offset, task, False, _anchored(task), sums)
         st.over_processes(sums, group, task.transforms.rate)
         state = st.state_of(sums)
-        results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = _second_pass([tile], state, task, group)
-        results[ENTROPY : TEACHER_ENTROPY + 1, part] = st.entropies(sums)
-        if labels is not None:
-            results[CROSS_ENTROPY, part] = st.cross_entropy(sums)
-            results[ACCURACY, part] = st.accuracy(sums)
+        if task.divergence is not None:
+            results[DIVERGENCE, part], state[st.SLOPE_SUM.value] = _second_pass([tile], state, task, group)
+        _report(sums, labels, task, results[:, part])
         if any(student.wanted):
             _accumulate(student, tile, labels, weights[part], state, task, group)
             student.store(rows)
@@ -207,9 +223,9 @@ def _shape(
     return _agreed(height, group, student.hidden.device), width
 
 
-def _whole_rows(student: Projection, teacher: Projection, rows: int, workspace_mb: float) -> int:
+def _whole_rows(student: Projection, teacher: Projection | None, rows: int, workspace_mb: float) -> int:
     """Rows of a chunk with this process's whole share of the vocabulary, gradients beside it."""
-    demands = [student.demand, teacher.demand]
+    demands = [p.demand for p in (student, teacher) if p is not None]
     free = int(workspace_mb * MIB) - sum(d.fixed for d in demands)
     most = free // sum(padded(d.V) * (d.entry + d.kept) + d.row + d.kept_row for d in demands)
     return evened(rows, max(1, min(most, 4 * MAX_CHUNK_ROWS)))

@@ -42,8 +42,9 @@ SUM_E = tl.constexpr(7)
 SUM_F = tl.constexpr(8)
 SUM_R = tl.constexpr(9)
 LABEL = tl.constexpr(10)  # the label's logit
-TOP = tl.constexpr(11)  # the teacher's logit where the student's is largest: the anchor's, see device.py
-SUMS = 12
+SUM_Z = tl.constexpr(11)  # the student's logits themselves, where there is no teacher: for label smoothing
+TOP = tl.constexpr(12)  # the teacher's logit where the student's is largest: the anchor's, see device.py
+SUMS = 13
 
 # Rows of the state, [STATES, n]: the first five of the sums, and
 SLOPE_SUM = tl.constexpr(5)
@@ -115,6 +116,18 @@ def state_of(sums: Tensor) -> Tensor:
 def cross_entropy(sums: Tensor) -> Tensor:
     """Of each row's label, at temperature 1."""
     return (sums[MAX_S.value] - sums[LABEL.value]) + sums[SUM_1.value].log()
+
+
+def log_sum_exp(sums: Tensor) -> Tensor:
+    """Of each row's student, at temperature 1; of sums or of a state."""
+    return sums[MAX_S.value] + sums[SUM_1.value].log()
+
+
+def smoothed_loss(sums: Tensor, smoothing: float, z_loss: float, V: int) -> Tensor:
+    """The cross-entropy of each row, the labels smoothed over a vocabulary of V, and ``z_loss lse^2``."""
+    spread = sums[LABEL.value] - sums[SUM_Z.value] / V
+    loss: Tensor = cross_entropy(sums) + weighted(smoothing, spread) + weighted(z_loss, log_sum_exp(sums) ** 2)
+    return loss
 
 
 def accuracy(sums: Tensor) -> Tensor:

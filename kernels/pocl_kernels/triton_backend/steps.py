@@ -16,6 +16,7 @@ from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.projection import Projection
 from pocl_kernels.triton_backend.terms import function_of, term_of
 
+LIKELY_LOG_SUM = 32.0  # of logits: by its square the z-loss grows, and by twice it a gradient
 NO_GRADIENTS = Gradients(False, False, False)
 
 
@@ -37,12 +38,16 @@ class Task(NamedTuple):
     slope_coefficient: Any  # a number, or [n] of one a row
     ce_weight: float
     uniforms: tuple[Any, ...] = ()  # of the divergence, as its term takes them
+    smoothing: float = 0.0  # of the cross-entropy alone; so are the next
+    z_loss: float = 0.0
+    V: int = 1  # of the whole vocabulary
 
     @property
     def largest(self) -> Any:
         """About the largest entry that the projection's gradient may have, for a row's weight of 1."""
         A = self.slope_coefficient
-        size = A.abs().clamp_min(self.ce_weight) if isinstance(A, Tensor) else max(abs(A), self.ce_weight)
+        ce = self.ce_weight * (1.0 + 2.0 * self.z_loss * LIKELY_LOG_SUM)
+        size = A.abs().clamp_min(ce) if isinstance(A, Tensor) else max(abs(A), ce)
         return size * abs(self.transforms.scale_s)
 
     @property
@@ -106,9 +111,11 @@ def divergence_task(plan: Plan, dtype: torch.dtype = torch.float32) -> Task:
     return Task(transforms, plan.divergence, number(plan.slope_coefficient), float(plan.ce_weight), uniforms)
 
 
-def cross_entropy_task(scale: float, softcap: float | None) -> Task:
-    """The task of ``linear_cross_entropy``."""
-    return Task(Transforms(float(scale), softcap, 1.0, None, 1.0), None, 0.0, 1.0)
+def cross_entropy_task(plan: Plan, V: int) -> Task:
+    """The task of ``linear_cross_entropy`` over a vocabulary of V."""
+    transforms = Transforms(float(plan.student_scale), plan.student_softcap, 1.0, None, 1.0)
+    smoothing, z_loss = float(plan.label_smoothing), float(plan.z_loss)
+    return Task(transforms, None, 0.0, 1.0, smoothing=smoothing, z_loss=z_loss, V=V)
 
 
 def tiles(student: Projection, teacher: Projection | None, width: int) -> Iterator[Tile]:
@@ -171,14 +178,16 @@ def gradient(
             slopes = tiles_eager.slopes(zs, zt, state, task.divergence, task.transforms.rate)
             g += weighted(torch.as_tensor(task.slope_coefficient, dtype=torch.float64).to(g).reshape(-1, 1), slopes)
         if labels is not None:
-            g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state)
+            more = task.smoothing, task.smoothing / task.V, task.z_loss
+            g += task.ce_weight * tiles_eager.cross_entropy_gradient(zs, labels, first, state, *more)
         if task.transforms.softcap_s is not None:
             g *= 1.0 - (zs / task.transforms.softcap_s) ** 2
         out.copy_(weighted(row_scale[:, None], g * task.transforms.scale_s))
         return
     tile_gradient.tile_gradient[(n,)](
         tile.student, tile.teacher, out, tile.bias_s, tile.bias_t, labels, row_scale, state, *_shape(tile), n, first,
-        *task.transforms, task.slope_coefficient, task.ce_weight, task.uniforms,
+        *task.transforms, task.slope_coefficient, task.ce_weight, task.uniforms, task.smoothing,
+        task.smoothing / task.V, task.z_loss,
         term=task.term, BLOCK=_block(tile, tile_gradient.BLOCK), BY_TOKEN=task.by_token,
         **_places(tile), **launch.on(tile.student.device),
     )  # fmt: skip

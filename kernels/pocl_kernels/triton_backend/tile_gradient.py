@@ -12,6 +12,7 @@ import triton.language as tl
 from pocl_kernels.triton_backend.cost import Cost
 from pocl_kernels.triton_backend.device import (
     anchor,
+    cross_entropy_gradient,
     exp,
     jacobian,
     load_logits,
@@ -50,6 +51,9 @@ def tile_gradient(
     slope_coefficient,
     ce_weight,
     uniforms,
+    smoothing,  # of the cross-entropy alone; so are the next
+    share,  # smoothing / V of the whole vocabulary
+    z_loss,
     term: tl.constexpr,
     BLOCK: tl.constexpr,
     BY_TOKEN: tl.constexpr = False,  # inv_T, slope_coefficient and uniforms point to one a row
@@ -90,7 +94,8 @@ def tile_gradient(
         cols = start + tl.arange(0, BLOCK)
         zs = load_logits(student, bias_s, cols, V, width, scale_s, softcap_s)
         if teacher is None:
-            g = ce_weight * (exp(zs - max_s) * (1.0 / S_1) - tl.where(cols == label, 1.0, 0.0))
+            q_1 = exp(zs - max_s) * (1.0 / S_1)
+            g = cross_entropy_gradient(q_1, max_s + tl.log(S_1), cols == label, smoothing, share, z_loss)
             g = w * jacobian(zs, scale_s, softcap_s) * g
         else:
             zt = load_logits(teacher, bias_t, cols, V, width, scale_t, softcap_t)

@@ -24,6 +24,7 @@ from pocl_kernels.triton_backend.state import (
     SUM_T,
     SUM_U,
     SUM_W,
+    SUM_Z,
     TOP,
 )
 
@@ -88,7 +89,7 @@ def tile_statistics(
     m_s = tl.load(sums + MAX_S * step)
     S_s = lanes(sums + SUM_S * step, BLOCK)
     S_1 = lanes(sums + SUM_1 * step, BLOCK // 4)
-    U = lanes(sums + SUM_U * step, BLOCK // 4)
+    U = lanes(sums + (SUM_U if teacher is not None else SUM_Z) * step, BLOCK // 4)  # or the logits' own sum
     m_t = m_s
     S_t = S_s
     W = U
@@ -155,14 +156,17 @@ def tile_statistics(
         if TOP_TOO:
             top_t = tl.where(raw_s > top_s, zt, top_t)
             top_s = tl.maximum(top_s, raw_s)
-        U = keep_s * (U - d_s * by_fours(S_s, BLOCK)) + by_fours(times_log(b, u), BLOCK)
+        if teacher is not None:
+            U = keep_s * (U - d_s * by_fours(S_s, BLOCK)) + by_fours(times_log(b, u), BLOCK)
+        else:
+            U += by_fours(tl.where(cols < V, raw_s, 0.0), BLOCK)
         S_s = keep_s * S_s + b
         S_1 = exp(-raised) * S_1 + by_fours(exp(zs), BLOCK)
 
     tl.store(sums + MAX_S * step, m_s)
     tl.store(sums + SUM_S * step, tl.sum(S_s, 0))
     tl.store(sums + SUM_1 * step, tl.sum(S_1, 0))
-    tl.store(sums + SUM_U * step, tl.sum(U, 0))
+    tl.store(sums + (SUM_U if teacher is not None else SUM_Z) * step, tl.sum(U, 0))
     if teacher is not None:
         tl.store(sums + MAX_T * step, m_t)
         tl.store(sums + SUM_T * step, tl.sum(S_t, 0))

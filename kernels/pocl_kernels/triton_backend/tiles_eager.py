@@ -23,9 +23,11 @@ from pocl_kernels.triton_backend.state import (
     SUM_T,
     SUM_U,
     SUM_W,
+    SUM_Z,
     TOP,
     VALUE,
     anchor,
+    log_sum_exp,
     raise_maxima,
     ratio_terms,
 )
@@ -52,7 +54,7 @@ def statistics(
         sums[TOP.value] = torch.where(rises, zt.gather(1, at).squeeze(1), sums[TOP.value])
     maxima = torch.stack([zs.amax(1), sums[MAX_T.value] if zt is None else zt.amax(1)])
     raise_maxima(sums, torch.maximum(maxima, sums[: SUM_S.value]), rate)
-    zs = _below(zs, sums[MAX_S.value])
+    logits, zs = zs, _below(zs, sums[MAX_S.value])
     column = _column(rate)
     u = zs * column
     b = u.exp()
@@ -60,6 +62,7 @@ def statistics(
     sums[SUM_S.value] += b.sum(1)
     sums[SUM_1.value] += zs.exp().sum(1)
     if zt is None:
+        sums[SUM_Z.value] += logits.sum(1)
         return
     v = _below(zt, sums[MAX_T.value]) * column
     a = v.exp()
@@ -84,10 +87,20 @@ def slopes(zs: Tensor, zt: Tensor, state: Tensor, divergence: Divergence, rate: 
     return _columns(divergence).relative_slope(l, r, *_anchor(state, rate)) - l.exp() * state[SLOPE_SUM.value][:, None]
 
 
-def cross_entropy_gradient(zs: Tensor, labels: Tensor, first: int, state: Tensor) -> Tensor:
-    """``softmax(z_s) - 1[label]`` of each entry."""
+def cross_entropy_gradient(
+    zs: Tensor,
+    labels: Tensor,
+    first: int,
+    state: Tensor,
+    smoothing: float = 0.0,
+    share: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """``(1 + 2 z_loss lse) softmax(z_s) - (1 - smoothing) 1[label] - share`` of each entry."""
     g = ((zs - state[MAX_S.value][:, None]) - state[SUM_1.value].log()[:, None]).exp()
-    return g - (torch.arange(first, first + zs.shape[1], device=zs.device) == labels[:, None]).to(g.dtype)
+    g = g * (1.0 + weighted(2.0 * z_loss, log_sum_exp(state)[:, None])) - share
+    is_label = torch.arange(first, first + zs.shape[1], device=zs.device) == labels[:, None]
+    return g - (1.0 - smoothing) * is_label.to(g.dtype)
 
 
 def _log_probabilities(zs: Tensor, zt: Tensor, state: Tensor, rate: Any) -> tuple[Tensor, Tensor]:

@@ -100,13 +100,22 @@ def test_what_is_compiled_in_does_compile_anew(compilations: set[tuple[str, str]
         assert len(compilations) == count
 
 
-def test_cross_entropy_compiles_once_for_all_batches(compilations: set[tuple[str, str]]) -> None:
-    plan = Plan(None, 1.0, 0.0, 1.0, -100, 1.0, None, 1.0, None, 64.0)
-    for rows in (1, 16, 9):
-        hidden, weight, labels = torch.randn(rows, 8), torch.randn(50, 8), torch.randint(0, 50, (rows,))
+@pytest.mark.parametrize(("memory", "kernels"), [("fast", 1), ("low", 2)])
+def test_cross_entropy_compiles_once_for_all_batches_and_settings(
+    compilations: set[tuple[str, str]], memory: str, kernels: int
+) -> None:
+    settings = dict(memory=memory)
+    for rows, vocab, smoothing, z_loss in ((1, 50, 0.0, 0.0), (16, 16, 0.1, 0.0), (9, 64, 1.0, 1.0), (9, 1, 0.5, 1e-4)):
+        plan = Plan(
+            None, 1.0, 0.0, 1.0, -100, 1.0, None, 1.0, None, 64.0, label_smoothing=smoothing, z_loss=z_loss, **settings
+        )  # fmt: skip
+        hidden, weight, labels = torch.randn(rows, 8), torch.randn(vocab, 8), torch.randint(0, vocab, (rows,))
         inputs = Inputs(hidden, weight, None, None, None, None, labels, torch.ones(rows))
-        backend.linear_cross_entropy(inputs, plan, Gradients(True, True, False))
-    assert len(compilations) == 1
+        state = None
+        if memory == "low":
+            state = backend.linear_cross_entropy(inputs, plan, Gradients(False, False, False)).state
+        backend.linear_cross_entropy(inputs._replace(state=state), plan, Gradients(True, True, False))
+    assert len(compilations) == kernels
 
 
 def test_divergences_with_the_same_code_share_one_function() -> None:

@@ -34,8 +34,8 @@ def test_flops_of_a_row_kernel() -> None:
 
 
 def test_cross_entropy_reads_once_for_the_value_and_again_for_the_gradient() -> None:
-    assert cross_entropy_rows.cost(ROWS, V, gradient_bytes=None) == (3 * (100 * 4 + 16), 3 * 100 * 6)
-    assert cross_entropy_rows.cost(ROWS, V, gradient_bytes=2) == (3 * (100 * (8 + 2) + 16), 3 * 100 * 10)
+    assert cross_entropy_rows.cost(ROWS, V, gradient_bytes=None) == (3 * (100 * 4 + 28), 3 * 100 * 8)
+    assert cross_entropy_rows.cost(ROWS, V, gradient_bytes=2) == (3 * (100 * (8 + 2) + 28), 3 * 100 * 13)
 
 
 def test_tiles_read_each_logit_once() -> None:

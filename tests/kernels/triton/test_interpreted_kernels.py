@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pocl_kernels import DIVERGENCES, ForwardKL, reference
 from pocl_kernels.divergences import Divergence
@@ -49,9 +50,7 @@ def exact_rows(name: str, zs: Tensor, zt: Tensor, labels: Tensor | None, T: floa
     z = zs[:, :V].double().requires_grad_()
     l, r = torch.log_softmax(z / T, -1), torch.log_softmax(zt[:, :V].double() / T, -1)
     D = reference.divergence_rows(name, l, r)
-    ce = (
-        torch.zeros(ROWS).double() if labels is None else torch.nn.functional.cross_entropy(z, labels, reduction="none")
-    )
+    ce = torch.zeros(ROWS).double() if labels is None else F.cross_entropy(z, labels, reduction="none")
     loss = 0.7 * T**2 * D + 0.3 * ce
     (loss * torch.tensor([0.5, 2.0, 1.0])).sum().backward()
     assert z.grad is not None
@@ -118,12 +117,17 @@ def test_shifted_logits_change_nothing() -> None:
 def test_the_cross_entropy_kernel() -> None:
     z, gradient, results = logits(0), poisoned(ROWS, WIDTH), poisoned(ROWS, 5)
     weights = torch.tensor([0.5, 2.0, 1.0])
-    cross_entropy_rows[(ROWS,)](z, gradient, None, LABELS, weights, results, V, WIDTH // 16, 0.5, 4.0, BLOCK=64)
+    numbers = 0.5, 4.0, 0.2, 0.05  # scale, softcap, smoothing, z-loss
+    cross_entropy_rows[(ROWS,)](z, gradient, None, LABELS, weights, results, V, WIDTH // 16, *numbers, BLOCK=64)
     exact = z[:, :V].double().requires_grad_()
-    ce = torch.nn.functional.cross_entropy(4 * torch.tanh(exact * 0.5 / 4), LABELS, reduction="none")
-    (ce * weights).sum().backward()
+    u = 4 * torch.tanh(exact * 0.5 / 4)
+    ce, smoothed = (F.cross_entropy(u, LABELS, reduction="none", label_smoothing=x) for x in (0.0, 0.2))
+    lse = u.logsumexp(-1)
+    loss = smoothed + 0.05 * lse**2
+    (loss * weights).sum().backward()
     assert exact.grad is not None
-    assert relative_error(results[:, 1], ce) <= 5e-7
+    for column, truth in ((0, loss), (1, ce), (2, lse), (4, (u.argmax(-1) == LABELS).double())):
+        assert relative_error(results[:, column], truth) <= 5e-7, column
     assert relative_error(gradient[:, :V], exact.grad) <= 1e-6
     assert torch.all(gradient[:, V:] == 0)
 
@@ -174,12 +178,7 @@ def test_one_pass_kls_are_exact_for_any_tiles(kind: str, bounds: list[int]) -> N
     both, c = state.weighted_kl(sums, (1.0, 1.0))
     assert relative_error(both, forward + reverse) <= tolerance
     assert relative_error(c, reverse - 1.0) <= tolerance
-    assert (
-        relative_error(
-            state.cross_entropy(sums), torch.nn.functional.cross_entropy(zs.double(), LABELS, reduction="none")
-        )
-        <= 1e-6
-    )
+    assert relative_error(state.cross_entropy(sums), F.cross_entropy(zs.double(), LABELS, reduction="none")) <= 1e-6
 
 
 def test_a_tile_that_one_model_excludes_is_no_zero_times_infinity() -> None:

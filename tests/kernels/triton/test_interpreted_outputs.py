@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pocl_kernels
+from tests.kernels import test_cross_entropy as cross_entropy
 from tests.kernels.cases import make_case
 from tests.kernels.test_outputs import check_masks, check_outputs, half_right
 
@@ -38,3 +39,20 @@ def test_entropies_and_accuracy_are_those_of_full_logits(divergence: str, memory
 def test_a_teacher_that_is_sure_has_no_entropy_and_one_that_masks_has_less(memory: str) -> None:
     with torch.no_grad():
         check_masks(triton(memory))
+
+
+@pytest.mark.parametrize(
+    ("memory", "options"),
+    [
+        (memory, x)
+        for memory in ("fast", "low")
+        for x in cross_entropy.OPTIONS[:5]
+        if (memory, x.get("reduction")) != ("fast", "none")
+    ],
+    ids=str,
+)
+def test_cross_entropy_with_every_option(memory: str, options: dict[str, Any]) -> None:
+    loss = functools.partial(pocl_kernels.fused_linear_cross_entropy, backend="triton", memory=memory)
+    case = cross_entropy.half_right(make_case(6, 1031, bias=True))
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12), (torch.bfloat16, 3e-3)):
+        cross_entropy.check(loss, case.to(dtype), tolerance, **options)
