@@ -32,8 +32,9 @@ def hellinger(case: Any, gain: float, temperature: float) -> Solution:
     r = torch.log_softmax(case.teacher_hidden.double() @ case.teacher_head.weight.double().T / temperature, -1)
     d = (0.5 * gain * ((0.5 * l).exp() - (0.5 * r).exp()) ** 2).sum(-1).mean()
     (temperature**2 * d).backward()
-    entropy = -(l.exp() * l).sum(-1).mean().detach()
-    return Solution(temperature**2 * d.detach(), d.detach(), None, entropy, hidden.grad, weight.grad, None)
+    entropy, of_teacher = (-(x.exp() * x).sum(-1).mean().detach() for x in (l, r))
+    loss = temperature**2 * d.detach()
+    return Solution(loss, d.detach(), None, entropy, hidden.grad, weight.grad, None, teacher_entropy=of_teacher)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.25])
