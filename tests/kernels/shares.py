@@ -19,6 +19,7 @@ from tests.kernels.cases import Case, make_case, solve
 from tests.kernels.test_by_token import KINDS, RAMP, ROWS, one_by_one
 from tests.kernels.test_cross_entropy import OPTIONS, half_right
 from tests.kernels.test_cross_entropy import solve as solve_labels
+from tests.kernels.test_frozen_head import check_frozen
 
 V = 101
 BOUNDS = (0, 17, V)  # uneven shares: chunks of rows must still agree
@@ -76,6 +77,8 @@ def everything(rank: int, backend: str, names: tuple[str, ...]) -> None:
         for options in OPTIONS[:3]:
             labels_alone(rank, options, torch.float32, memory=memory, **settings)
         labels_alone(rank, OPTIONS[2], torch.float64, memory=memory, **settings)
+        for loss in (pocl_kernels.fused_linear_divergence, pocl_kernels.fused_linear_cross_entropy):
+            check_frozen(loss, backend=backend, memory=memory, process_group=dist.group.WORLD)
     labels_alone(rank, OPTIONS[3], torch.float32, memory="low", **settings)
     case = part_of(make_case(3, V), rank)
     outside = torch.tensor([0, V, 1])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.backends.common import aot_autograd
 
 import pocl_kernels
 from pocl_kernels import JSD, Alpha, AlphaBeta, Divergence, MixedKL, SkewForwardKL, SkewReverseKL
@@ -102,6 +101,8 @@ def call(**arguments: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.compile's own
 def test_a_schedule_by_token_is_compiled_once() -> None:
+    from torch._dynamo.backends.common import aot_autograd  # heavy, and processes import this file
+
     case, graphs = make_case(ROWS, 67), []
 
     def backend(graph: Any, _: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 import pocl_kernels
@@ -133,6 +132,8 @@ def test_values_out_of_range_are_refused_in_words(call: dict[str, Any], message:
 @pytest.mark.parametrize("what", ["label_smoothing", "z_loss"])
 def test_a_schedule_is_compiled_twice_at_most(what: str) -> None:
     """For the first value, and for all others."""
+    from torch._dynamo.backends.common import aot_autograd  # heavy, and processes import this file
+
     case, graphs = make_case(9, 67), []
 
     def backend(graph: Any, _: Any) -> Any:

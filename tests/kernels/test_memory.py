@@ -13,8 +13,10 @@ from tests.kernels.cases import make_case
 MIB = 2**20
 
 
-def peak_mib(run: Callable[[], object]) -> float:
-    """Peak of what torch's CPU allocator hands out during ``run``, from the profiler's record of every allocation."""
+def allocations(run: Callable[[], object]) -> list[int]:
+    """Bytes that torch's CPU allocator hands out (and, negative, takes back) during ``run``, in order, from the
+    profiler's record of every allocation.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     changes, waiting = [], list(recorded.profiler.kineto_results.experimental_event_tree())
@@ -23,8 +25,13 @@ def peak_mib(run: Callable[[], object]) -> float:
         waiting.extend(event.children)
         if event.tag == _EventType.Allocation:
             changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return [change for _, change in sorted(changes)]
+
+
+def peak_mib(run: Callable[[], object]) -> float:
+    """Peak of what torch's CPU allocator has handed out during ``run``."""
     now = peak = 0
-    for _, change in sorted(changes):
+    for change in allocations(run):
         now += change
         peak = max(peak, now)
     return peak / MIB

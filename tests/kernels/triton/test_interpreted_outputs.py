@@ -11,6 +11,7 @@ import torch
 import pocl_kernels
 from tests.kernels import test_cross_entropy as cross_entropy
 from tests.kernels.cases import make_case
+from tests.kernels.test_frozen_head import check_frozen
 from tests.kernels.test_outputs import check_masks, check_outputs, half_right
 
 
@@ -56,3 +57,9 @@ def test_cross_entropy_with_every_option(memory: str, options: dict[str, Any]) -
     case = cross_entropy.half_right(make_case(6, 1031, bias=True))
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12), (torch.bfloat16, 3e-3)):
         cross_entropy.check(loss, case.to(dtype), tolerance, **options)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_a_frozen_head_has_no_gradient_buffer(memory: str) -> None:
+    for loss in (pocl_kernels.fused_linear_divergence, pocl_kernels.fused_linear_cross_entropy):
+        check_frozen(loss, backend="triton", memory=memory)
