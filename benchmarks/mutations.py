@@ -38,6 +38,8 @@ EAGER = UNRELATED + "fkl"
 HEADS = "exactness:form_of_head and compiled-fast-fkl"
 EAGER_HEADS = "exactness:form_of_head and eager-fast-fkl"
 ORACLE = "reference"
+LABELS = "cross_entropy:option_against and compiled-fast"
+EAGER_LABELS = "cross_entropy:option_against and eager-fast"
 OUTPUTS = "outputs:full_logits and compiled-fast-fkl"
 EAGER_OUTPUTS = "outputs:full_logits and eager-fast-fkl"
 AT_HAND = "logits:"
@@ -87,7 +89,50 @@ MUTATIONS = (
              "exactness:cross_entropy_alone and compiled-fast"),
     Mutation("cross-entropy rows: softcap not in the gradient", CE_ROWS, "to_q * (1.0f - xc * xc) *", "to_q *",
              "exactness:cross_entropy_alone and compiled-fast"),
+    Mutation("cross-entropy rows: nothing smoothed", CE_ROWS, "loss += smoothing *", "loss += 0.0f *", LABELS),
+    Mutation("cross-entropy rows: the sum smoothed, not the mean", CE_ROWS, "(below / (double)V)", "below", LABELS),
+    Mutation("cross-entropy rows: one block smoothed", CE_ROWS, "below += (double)s;", "below = (double)s;", LABELS),
+    Mutation("cross-entropy rows: smoothed towards the label", CE_ROWS, "s += x_label - x[j]", "s += x[j] - x_label",
+             LABELS),
+    Mutation("cross-entropy rows: z-loss of the first order", CE_ROWS, "z_loss * lse * lse", "z_loss * lse", LABELS),
+    Mutation("cross-entropy rows: half of the z-loss's slope", CE_ROWS, "2.0f * z_loss * lse", "z_loss * lse", LABELS),
+    Mutation("cross-entropy rows: gradient of the smoothing left out", CE_ROWS, "- each);", "- 0.0f * each);", LABELS),
+    Mutation("cross-entropy rows: the label's whole slope", CE_ROWS, "ws * (1.0f - smoothing) * (1.0f", "ws * (1.0f",
+             LABELS),
+    Mutation("cross-entropy rows: a tie is wrong", CE_ROWS, "x_label >= S.max", "x_label > S.max", LABELS),
+    Mutation("cross-entropy rows: log-sum-exp without its maximum", CE_ROWS, "lse = S.max + S.log_sum",
+             "lse = S.log_sum", LABELS),
     # Eager rows
+    Mutation("eager labels: nothing smoothed", "eager/rows.py", "weighted(smoothing, label - mean)",
+             "weighted(smoothing, 0.0 * label)", EAGER_LABELS),
+    Mutation("eager labels: z-loss of the first order", "eager/rows.py", "weighted(plan.z_loss, lse * lse)",
+             "weighted(plan.z_loss, lse)", EAGER_LABELS),
+    Mutation("eager labels: half of the z-loss's slope", "eager/rows.py", "weighted(2.0 * plan.z_loss, lse[:, None])",
+             "weighted(plan.z_loss, lse[:, None])", EAGER_LABELS),
+    Mutation("eager labels: gradient of the smoothing", "eager/rows.py", "gradient -= smoothing / V", "pass",
+             EAGER_LABELS),
+    Mutation("eager labels: the label's whole slope", "eager/rows.py", "(smoothing - 1.0) * inside", "-1.0 * inside",
+             EAGER_LABELS),
+    Mutation("eager labels: a tie is wrong", "eager/rows.py", "(label >= 0.0)", "(label > 0.0)", EAGER_LABELS),
+    Mutation("eager labels: log-sum-exp without its maximum", "eager/rows.py", "lse = largest + log_sum",
+             "lse = 0 * largest + log_sum", EAGER_LABELS),
+    Mutation("labels smoothed over one process's share", "parallel.py", "self.total = int(sizes.sum())",
+             "self.total = local_vocab_size", "parallel_losses"),
+    Mutation("one process's gradient of shared labels", "cpu/backend.py",
+             "    if group is not None and student.grad_hidden is not None:\n        group.sum(student.grad_hidden)\n"
+             "    return Rows(results.T", "    return Rows(results.T", "parallel_losses"),
+    Mutation("another process's numbers by token", "eager/rows.py", "plan.at((part, None)",
+             "plan.at((slice(0, 1), None)",
+             "parallel_losses"),
+    Mutation("a smoothing out of range", "cross_entropy.py", "0.0 <= label_smoothing <= 1.0", "0.0 <= label_smoothing",
+             "cross_entropy:out_of_range"),
+    Mutation("a negative z-loss", "cross_entropy.py", "0.0 <= z_loss < math.inf", "z_loss < math.inf",
+             "cross_entropy:out_of_range"),
+    Mutation("the plain loss is differentiated", "cross_entropy.py", "Result(results[LOSS], results",
+             "Result(results[CROSS_ENTROPY], results", LABELS),
+    Mutation("a gradient for a frozen head", "cpu/backend.py",
+             "memory.empty(weight.shape, dtype) if wanted.weight else None",
+             "memory.empty(weight.shape, dtype)", "frozen_head"),
     Mutation("eager: student not tempered", "eager/rows.py", "_log_softmax(z / own.temperature", "_log_softmax(z",
              EAGER),
     Mutation("eager: mean slope without q", "eager/rows.py", "slope - q * (sums[:, RESULTS, None]",

@@ -26,12 +26,14 @@ HALF = LOSSES + "16_bit_models_lose and fast and bfloat16 and unrelated"
 
 OUTPUTS = "triton/interpreted_outputs:full_logits and jsd-fast"
 LOW_OUTPUTS = "triton/interpreted_outputs:full_logits and jsd-low"
+LABELS = "triton/interpreted_outputs:every_option and "
 GROUPS = "triton/interpreted_groups:chunks_and_groups"
 
 AT_HAND = "logits:triton and "
 DEVICE, ROWS = "triton_backend/device.py", "triton_backend/divergence_rows.py"
 STATISTICS, VALUES = "triton_backend/tile_statistics.py", "triton_backend/tile_values.py"
 SHARP, OWN_NUMBERS = "triton/interpreted_sharp:digits and ", "triton/interpreted_sharp:own_numbers and "
+CE_ROWS, EAGER_TILES = "triton_backend/cross_entropy_rows.py", "triton_backend/tiles_eager.py"
 STATE, PROJECTION = "triton_backend/state.py", "triton_backend/projection.py"
 
 MUTATIONS = (
@@ -108,6 +110,43 @@ MUTATIONS = (
              LOSSES + "size_of_the_weights and fast and 1e-09"),
     Mutation("float16 tile for all models", "triton_backend/layout.py", "return dtype, dtype",
              "return dtype, torch.float16", FAST),
+    Mutation("half of the z-loss's slope", DEVICE, "1.0 + 2.0 * z_loss * lse", "1.0 + z_loss * lse", LABELS + "fast"),
+    Mutation("the label's whole slope", DEVICE, "tl.where(is_label, 1.0 - smoothing, 0.0)",
+             "tl.where(is_label, 1.0, 0.0)", LABELS + "fast"),
+    Mutation("gradient of the smoothing left out", DEVICE, "0.0) - share", "0.0)", LABELS + "low"),
+    Mutation("nothing smoothed", CE_ROWS, "smoothing * (tl.sum(Z, 0) / V)", "0.0 * smoothing", LABELS + "fast"),
+    Mutation("padding smoothed", CE_ROWS, "tl.where(cols < V, z_label - z, 0.0)", "z_label - z", LABELS + "fast"),
+    Mutation("one block smoothed", CE_ROWS, "Z += by_fours", "Z = by_fours", LABELS + "fast"),
+    Mutation("z-loss of the first order", CE_ROWS, "z_loss * lse * lse", "z_loss * lse", LABELS + "fast"),
+    Mutation("log-sum-exp without its maximum", CE_ROWS, "lse = max_z + log_sum", "lse = log_sum", LABELS + "fast"),
+    Mutation("labels: a tie is wrong", CE_ROWS, "z_label >= max_z", "z_label > max_z", LABELS + "fast"),
+    Mutation("only the last tile's logits smoothed", STATISTICS, "(SUM_U if teacher is not None else SUM_Z) * step, BLOCK // 4)",
+             "SUM_U * step, BLOCK // 4)", LABELS + "low"),
+    Mutation("padding in a tile's logits", STATISTICS, "tl.where(cols < V, raw_s, 0.0)", "raw_s", LABELS + "low"),
+    Mutation("smoothed without the label", STATE, "sums[LABEL.value] - sums[SUM_Z.value] / V",
+             "-sums[SUM_Z.value] / V", LABELS + "low"),
+    Mutation("tiles: z-loss of the first order", STATE, "log_sum_exp(sums) ** 2", "log_sum_exp(sums)", LABELS + "low"),
+    Mutation("tiles: log-sum-exp without its maximum", STATE, "return sums[MAX_S.value] + sums[SUM_1.value].log()",
+             "return sums[SUM_1.value].log()", LABELS + "low"),
+    Mutation("tiles: log-sum-exp of another row's sum", "triton_backend/tile_gradient.py", "max_s + tl.log(S_1), cols",
+             "tl.log(S_1), cols", LABELS + "low"),
+    Mutation("double tiles: half of the z-loss's slope", EAGER_TILES, "weighted(2.0 * z_loss, log", "weighted(z_loss, log",
+             LABELS + "low"),
+    Mutation("double tiles: the label's whole slope", EAGER_TILES, "(1.0 - smoothing) * is_label", "1.0 * is_label",
+             LABELS + "low"),
+    Mutation("double tiles: gradient of the smoothing", EAGER_TILES, "[:, None])) - share", "[:, None]))", LABELS + "low"),
+    Mutation("double tiles: logits not summed", EAGER_TILES, "sums[SUM_Z.value] += logits.sum(1)", "pass",
+             LABELS + "low"),
+    Mutation("double tiles: the teacher's entropy", EAGER_TILES, "weighted(a, v).sum(1)", "weighted(a, u).sum(1)",
+             LOW_OUTPUTS),
+    Mutation("labels smoothed over a share", "triton_backend/backend.py", "V if group is None else group.total", "V",
+             "triton/interpreted_parallel_losses"),
+    Mutation("rows of a group with others' numbers", "triton_backend/steps.py", "rate=rate[part].clone()",
+             "rate=rate.flip(0)[part].clone()", "triton/interpreted_parallel_losses"),
+    Mutation("a float16 tile that the z-loss overflows", "triton_backend/steps.py", "1.0 + 2.0 * self.z_loss * LIKELY_LOG_SUM",
+             "1.0", "triton/interpreted_outputs:heavy_z_loss"),
+    Mutation("a gradient for a frozen head", PROJECTION, "wanted.weight and self.grad_weight is None",
+             "self.grad_weight is None", "triton/interpreted_outputs:frozen"),
     Mutation("one uniform for all", "triton_backend/terms.py", 'else "uniforms[{}]"', 'else "uniforms[0]"',
              LOSSES + "every_divergence and skew_fkl-fast"),
     # An anchor may be any token in exact arithmetic; the teacher's own top has another sign.

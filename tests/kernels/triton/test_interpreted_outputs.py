@@ -63,3 +63,9 @@ def test_cross_entropy_with_every_option(memory: str, options: dict[str, Any]) -
 def test_a_frozen_head_has_no_gradient_buffer(memory: str) -> None:
     for loss in (pocl_kernels.fused_linear_divergence, pocl_kernels.fused_linear_cross_entropy):
         check_frozen(loss, backend="triton", memory=memory)
+
+
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_no_float16_tile_of_a_heavy_z_loss_overflows(memory: str) -> None:
+    loss = functools.partial(pocl_kernels.fused_linear_cross_entropy, backend="triton", memory=memory)
+    cross_entropy.check(loss, make_case(5, 67, dtype=torch.bfloat16, spread=9.0), 3e-3, z_loss=300.0)
