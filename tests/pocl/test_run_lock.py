@@ -136,8 +136,12 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path: Path, hold: Any) -
     dead = hold(tmp_path)
     dead.kill()
     dead.wait()
-    words = [sys.executable, "-c", HOLD.format(then="time.sleep(3)", before=""), str(tmp_path)]
-    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    words = [sys.executable, "-c", HOLD.format(then="sys.stdin.read()", before=""), str(tmp_path)]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    started = [subprocess.Popen(words, text=True, **pipes) for _ in range(6)]
+    end = time.monotonic() + 120
+    while sum(process.poll() is None for process in started) > 1 and time.monotonic() < end:
+        time.sleep(0.05)  # whoever has it keeps it until all others have been there, however slow they start
     ends = [(process.communicate(), process.returncode) for process in started]
     assert sorted(code for _, code in ends) == [0, 1, 1, 1, 1, 1]
     assert all("in use by process" in error for (_, error), code in ends if code)
