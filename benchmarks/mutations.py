@@ -87,7 +87,7 @@ MUTATIONS = (
              "inputs:masked_on_both_sides and compiled-fast-fkl"),
     Mutation("cross-entropy rows: label added", CE_ROWS, "x[labels[i]] -= ws", "x[labels[i]] += ws",
              "exactness:cross_entropy_alone and compiled-fast"),
-    Mutation("cross-entropy rows: softcap not in the gradient", CE_ROWS, "to_q * (1.0f - xc * xc) *", "to_q *",
+    Mutation("cross-entropy rows: softcap not in the gradient", CE_ROWS, "(1.0f - xc * xc) * (to_q", "(to_q",
              "exactness:cross_entropy_alone and compiled-fast"),
     Mutation("cross-entropy rows: nothing smoothed", CE_ROWS, "loss += smoothing *", "loss += 0.0f *", LABELS),
     Mutation("cross-entropy rows: the sum smoothed, not the mean", CE_ROWS, "(below / (double)V)", "below", LABELS),
