@@ -151,7 +151,7 @@ MUTATIONS = (
     Mutation("eager: a tie is wrong", "eager/rows.py", ">= _largest(l1, group)", "> _largest(l1, group)",
              EAGER_OUTPUTS),
     Mutation("right within one process's share", "eager/rows.py", "group.maximum(l.amax(-1))", "l.amax(-1)",
-             "parallel:two"),
+             "parallel_losses"),
     Mutation("eager: infinite slope without weight", "eager/rows.py", "weighted(coefficient, slope - q",
              "coefficient * (slope - q",
              "inputs:infinite_divergence_without_weight and eager-fast"),
