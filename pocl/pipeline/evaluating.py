@@ -86,10 +86,7 @@ def score_models(
 
 
 def write_report(context: Context) -> Mapping[str, Any]:
-    """Tables and pictures, Markdown and HTML; and the student's card learns what was measured."""
-    from pocl.pipeline.card import write_front_matter
+    """Tables and pictures, Markdown and HTML."""
     from pocl.report import write_report as write
-
-    write_front_matter(context)
 
     return {"note": f"{write(context.path)}"}
