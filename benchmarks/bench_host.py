@@ -62,7 +62,7 @@ def triton_path() -> Iterator[None]:
     from pocl_kernels.triton_backend import backend, gemm
 
     with (
-        mock.patch.object(operators, "_is_triton", return_value=True),
+        mock.patch.object(operators, "is_triton", return_value=True),
         mock.patch.object(gemm, "multiply", return_value=None),
         mock.patch.object(backend, "_divergence", return_value=None),
     ):

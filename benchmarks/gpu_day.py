@@ -220,12 +220,13 @@ def run_step(name: str, folder: Path, rehearse: bool) -> None:
     if rehearse:  # tensors of the CPU take a GPU's way
         from pocl_kernels import operators
 
-        operators._is_triton = lambda *_: True
+        assert callable(operators.is_triton)  # another name would leave the rehearsal on the CPU path in silence
+        operators.is_triton = lambda *_: True
     try:
         result: dict[str, Any] = {"status": "done", "values": STEPS[name](rehearse)}
     except SkippedError as reason:
         result = {"status": "skipped", "reason": str(reason)}
-    except Exception as error:
+    except Exception as error:  # whatever a step raises is its result: the others go on
         result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     result["seconds"] = time.perf_counter() - start
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")

@@ -56,7 +56,8 @@ def keyed(dataset: Any) -> Iterator[tuple[int, int, int]]:
     """Length, label count and key of each row of a data set."""
     if not is_table(dataset):
         for row in range(len(dataset)):
-            ids, labels = dataset[row]["input_ids"], dataset[row]["labels"]
+            sample = dataset[row]
+            ids, labels = sample["input_ids"], sample["labels"]
             yield len(ids), label_count(labels), sample_key(ids, labels)
         return
     for chunk in chunks(dataset, "dataset"):

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu_day
+from benchmarks import bench_host, gpu_day
 
 
 def test_a_step_that_fails_is_reported_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,18 @@ def test_the_page_says_what_to_tune_first(tmp_path: Path, monkeypatch: pytest.Mo
     page = gpu_day.page(tmp_path, rehearse=False)
     assert "**Correct: yes.**" in page
     assert "**Tune first:** shape: b auto, 1.70 times" in page
+
+
+def test_a_rehearsal_takes_a_gpus_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pocl_kernels import operators
+
+    monkeypatch.setattr(operators, "is_triton", operators.is_triton)  # to be put back
+    asked = {"ways": lambda _: {"triton": operators.is_triton("auto", torch.device("cpu"))}}
+    monkeypatch.setattr(gpu_day, "STEPS", asked)
+    gpu_day.run_step("ways", tmp_path, rehearse=True)
+    assert json.loads((tmp_path / "ways.json").read_text())["values"] == {"triton": True}
+
+
+def test_what_the_host_benchmark_replaces_is_there() -> None:
+    with bench_host.triton_path():
+        pass
