@@ -94,6 +94,7 @@ def _worker(rank: int, port: int, backend: str, names: tuple[str, ...], folder: 
     try:
         everything(rank, backend, names)
         Path(folder, str(rank)).touch()
+        dist.barrier()  # nobody leaves while another may still be in a collective
     finally:
         dist.destroy_process_group()
 

@@ -159,6 +159,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
         worst = [_errors(rank, name, "cpu", False) for name in DIVERGENCES]
         worst += [_errors(rank, name, backend, True) for name in ("fkl", "jsd") for backend in BACKENDS]
         Path(folder, str(rank)).write_text(str(max(worst)))
+        dist.barrier()  # nobody leaves while another may still be in a collective
     finally:
         dist.destroy_process_group()
 

@@ -70,6 +70,7 @@ def _worker(rank: int, world_size: int, port: int, folder: str) -> None:
         except ValueError as error:
             message = str(error)
         Path(folder, f"{rank}.txt").write_text(f"{max(worst)}\n{message}")
+        dist.barrier()  # nobody leaves while another may still be in a collective
     finally:
         dist.destroy_process_group()
 

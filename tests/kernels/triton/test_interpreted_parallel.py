@@ -60,6 +60,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
                 process_group=dist.group.WORLD,
             )  # fmt: skip
         Path(folder, str(rank)).write_text("\n".join(lines))
+        dist.barrier()  # nobody leaves while another may still be in a collective
     finally:
         dist.destroy_process_group()
 
