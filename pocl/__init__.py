@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     __version__: str
     from pocl.curriculum import Curriculum, Stage
     from pocl.loss import DistillationLoss
-    from pocl.teacher import HiddenStateCache, OnlineTeacher
+    from pocl.teacher import HiddenStateCache, OnlineTeacher, TopKCache
     from pocl.trainer import POCLConfig, POCLTrainer
     from pocl_kernels import (
         DIVERGENCES,
@@ -45,6 +45,7 @@ _LAZY = {
     "POCLConfig": "pocl.trainer",
     "POCLTrainer": "pocl.trainer",
     "Stage": "pocl.curriculum",
+    "TopKCache": "pocl.teacher",
 }
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "SkewForwardKL",
     "SkewReverseKL",
     "Stage",
+    "TopKCache",
     "fused_divergence",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",

@@ -1,11 +1,12 @@
-"""Where the teacher's hidden states come from: the model itself, or a store written once.
+"""Where the teacher's distributions come from: the model itself, or a store written once.
 
-With the teacher's head they give its exact distribution over the vocabulary at any temperature, for H numbers a token
-in place of V.
+Hidden states with the teacher's head give the exact distribution over the vocabulary at any temperature, for H numbers
+a token in place of V. The K likeliest tokens give what an engine or a server tells.
 """
 
 from pocl.teacher.cache import HiddenStateCache
 from pocl.teacher.choice import TeacherChoice, choose_teacher
 from pocl.teacher.online import OnlineTeacher, Teacher
+from pocl.teacher.top_k import TopKCache
 
-__all__ = ["HiddenStateCache", "OnlineTeacher", "Teacher", "TeacherChoice", "choose_teacher"]
+__all__ = ["HiddenStateCache", "OnlineTeacher", "Teacher", "TeacherChoice", "TopKCache", "choose_teacher"]

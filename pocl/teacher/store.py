@@ -1,9 +1,10 @@
-"""The files of a hidden-state cache: a plan before the teacher runs, shards one at a time, an index at the end.
+"""The files of a stored teacher: a plan before it runs, shards one at a time, an index at the end.
 
     cache/
         plan.json                 fingerprint and the shards to be written
-        head.safetensors          the teacher's projection, with head.json as for a shard
-        shard-00000.safetensors   `hidden` [tokens, H], `keys` [samples] int64, `counts` [samples] int64
+        head.safetensors          of hidden states: the teacher's projection, with head.json as for a shard
+        shard-00000.safetensors   `keys` [samples] int64, `counts` [samples] int64, and by label token
+                                  `hidden` [tokens, H], or `token_ids` [tokens, K] int32 and `log_probs` [tokens, K]
         shard-00000.json          checksum of the shard, written after it: the shard is whole
         shard-00000.lock          held while a process writes the shard; a dead process holds nothing
         index.json                written last: the cache is whole
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,7 +139,7 @@ class Store:
         try:
             return json.loads(path.read_text("utf-8")) if path.exists() else None
         except ValueError:
-            raise ValueError(f"{path} is corrupted; remove it and start HiddenStateCache.build again") from None
+            raise ValueError(f"{path} is corrupted; remove it and start build again") from None
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         self._replace(self.folder / name, json.dumps(content, indent=1).encode())
@@ -151,12 +153,24 @@ class Store:
         tensors = load_file(self.head_path)
         return Head(tensors["weight"], tensors.get("bias"), scale=scale, softcap=softcap)
 
-    def write_shard(self, index: int, plan: ShardPlan, hidden: Tensor) -> None:
-        """Write a shard, then its checksum."""
-        tensors = {"hidden": hidden.contiguous(), "keys": torch.tensor(plan.keys), "counts": torch.tensor(plan.counts)}
+    def write_shard(self, index: int, plan: ShardPlan, of_tokens: Mapping[str, Tensor]) -> None:
+        """Write a shard, then its checksum.
+
+        Args:
+            index: of the shard.
+            plan: its samples.
+            of_tokens: by name, tensors with a row for every label token.
+        """
+        assert all(len(tensor) == plan.tokens for tensor in of_tokens.values())
+        tensors = {name: tensor.contiguous() for name, tensor in of_tokens.items()}
         path = self.shard_path(index)
-        self._save(path, tensors)
+        self._save(path, {**tensors, "keys": torch.tensor(plan.keys), "counts": torch.tensor(plan.counts)})
         self._note(path, tokens=plan.tokens)
+
+    def read_tensor(self, index: int, name: str) -> Tensor:
+        """One tensor of a shard, whole."""
+        with safe_open(self.shard_path(index), framework="pt") as file:
+            return file.get_tensor(name)
 
     def shard_fault(self, index: int, full: bool = False) -> str | None:
         """What is wrong with a shard, or None; the contents are read only if `full`."""

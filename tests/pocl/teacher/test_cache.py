@@ -14,30 +14,12 @@ from datasets import Dataset
 from pocl.data import Collator
 from pocl.models import view_of
 from pocl.models.fingerprint import model_fingerprint
-from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
-from pocl.teacher import cache as cache_module
+from pocl.teacher import HiddenStateCache, choose_teacher
+from pocl.teacher import stored as stored_module
 from pocl.teacher.store import Store, plan_shards
 from pocl.trainer.loading import PackedCollator
 
-
-@pytest.fixture
-def online(make_tiny_model: Callable[..., Any]) -> OnlineTeacher:
-    return OnlineTeacher(make_tiny_model(seed=1))
-
-
-def samples(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        length = 4 + int(torch.randint(12, (1,), generator=generator))
-        ids = torch.randint(3, 1000, (length,), generator=generator).tolist()
-        rows.append({"sample_id": i, "input_ids": ids, "labels": [-100, -100, *ids[2:]]})
-    return rows
-
-
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    return samples(30)
+from .conftest import samples
 
 
 def build(path: Path, online: Any, rows: Any, **kwargs: Any) -> HiddenStateCache:
@@ -118,7 +100,7 @@ def test_rows_without_labels_take_nothing(tmp_path: Path, online: Any, rows: Any
 def test_a_build_that_was_cut_off_goes_on_and_gives_the_same_bits(
     tmp_path: Path, online: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "plan_shards", lambda data, tokens: plan_shards(data, 40))
+    monkeypatch.setattr(stored_module, "plan_shards", lambda data, tokens: plan_shards(data, 40))
     whole = build(tmp_path / "whole", online, rows)
     calls: list[int] = []
     write = Store.write_shard
@@ -199,7 +181,7 @@ def test_a_cache_of_something_else_is_refused_by_name(
 def test_too_small_a_disk_is_said_before_anything_is_written(
     tmp_path: Path, online: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    monkeypatch.setattr(stored_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(OSError, match=r"needs .* GB in .*, and 0\.00 GB are free"):
         build(tmp_path / "c", online, rows)
     assert not (tmp_path / "c").exists()
@@ -214,7 +196,7 @@ def test_a_cache_goes_to_worker_processes(tmp_path: Path, online: Any, rows: Any
 def test_processes_share_the_work_and_take_over_from_a_dead_one(
     tmp_path: Path, online: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "plan_shards", lambda data, tokens: plan_shards(data, 40))
+    monkeypatch.setattr(stored_module, "plan_shards", lambda data, tokens: plan_shards(data, 40))
     write = Store.write_shard
 
     def start(pause: float) -> Any:
