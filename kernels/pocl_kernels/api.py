@@ -16,24 +16,16 @@ from pocl_kernels.arguments import (
     check_models,
     check_numbers,
     flattened_labels,
-    reduced,
     row_factors,
     run_time_numbers,
 )
 from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.divergences import Divergence, get_divergence
 from pocl_kernels.head import Head, as_head, gathered
-from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace
+from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace, without_autocast
 from pocl_kernels.operators import Choices
-from pocl_kernels.output import DivergenceOutput
-from pocl_kernels.plan import (
-    ACCURACY,
-    CROSS_ENTROPY,
-    DIVERGENCE,
-    ENTROPY,
-    TEACHER_ENTROPY,
-    Inputs,
-)
+from pocl_kernels.output import DivergenceOutput, divergence_output
+from pocl_kernels.plan import Inputs
 
 
 def fused_linear_divergence(
@@ -139,23 +131,16 @@ def fused_linear_divergence(
             wanted,
             choices,
         )
-        d, ce = results[DIVERGENCE], results[CROSS_ENTROPY]
-        # A part without weight must not enter: 0 * inf is not 0.
-        own = factor if numbers.dim() == 1 else numbers[1].to(d.dtype)
-        loss = ce if ce_weight == 1 else own * d if ce_weight == 0 else own * d + ce_weight * ce
-        return Result(loss, results, (dh, dw, db), state)
+        own = factor if numbers.dim() == 1 else numbers[1].to(results.dtype)
+        return Result(results, own, ce_weight, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, results = FusedLoss.apply(
+    with without_autocast(hidden.device):
+        loss, parts = FusedLoss.apply(
             hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none",
             teacher, teacher_head.weight.detach(), _detach(teacher_head.bias), flat_labels, numbers,
         )  # fmt: skip
-    parts = [reduced(x, row_scale, reduction) for x in results.unbind()]
-    if reduction == "none":
-        loss, *parts = (x.reshape(shape) for x in (loss, *parts))
-    ce, accuracy = (None, None) if labels is None else (parts[CROSS_ENTROPY], parts[ACCURACY])
-    return DivergenceOutput(loss, parts[DIVERGENCE], ce, parts[ENTROPY], count, parts[TEACHER_ENTROPY], accuracy)
+    return divergence_output(loss, parts, count, shape if reduction == "none" else None, labels is not None)
 
 
 def _detach(x: Any) -> Any:

@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from pocl_kernels.divergences import Divergence, require
 from pocl_kernels.head import Head
 from pocl_kernels.plan import compute_dtype
-from pocl_kernels.scalar import weighted
 
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
@@ -232,12 +231,6 @@ def checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | Te
     elif not normalizer >= 0:
         raise ValueError(f"normalizer={normalizer.item()} must not be negative: the global batch's valid tokens")
     return normalizer
-
-
-def reduced(rows: Tensor, row_scale: Tensor, reduction: str) -> Tensor:
-    """What a loss reports of its rows."""
-    scaled: Any = weighted(row_scale, rows.detach())
-    return scaled if reduction == "none" else scaled.sum()
 
 
 def run_time_numbers(values: Sequence[Any]) -> Tensor:

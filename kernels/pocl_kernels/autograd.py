@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE
 from pocl_kernels.scalar import weighted
 
 # (hidden, weight, bias, row_scale, wanted, state, constants) -> Result
@@ -19,17 +20,21 @@ Gradient = Tensor | Callable[[Tensor | None], Tensor]
 
 
 class Result(NamedTuple):
-    """One run of a kernel: the loss of each row, what it is made of, and the gradients (None, empty: not wanted)."""
+    """One run of a kernel: the results of each row, what the loss takes of them, and the gradients (None, empty: not
+    wanted).
+    """
 
-    loss_rows: Tensor
-    results: Tensor  # per-row results to log
+    results: Tensor  # [RESULTS, N]
+    factor: Any  # of the first of them, D or a loss: a number, or [N] of one a row
+    ce_weight: float  # of the cross-entropy
     gradients: tuple[Gradient | None, ...]
     state: Tensor | None  # what the backend wants back for gradients alone; None or empty: nothing
     overwritten: bool = False  # the first gradient lies over the first input, whose values are lost
 
 
 class FusedLoss(torch.autograd.Function):
-    """Loss of the rows, or their sum, with gradients for hidden states, weight and bias of the student.
+    """Loss of the rows, or their sum, with gradients for hidden states, weight and bias of the student; and the results
+    times the rows' weights, or their sums.
 
     With ``now`` the gradients are computed in the forward pass, for an upstream gradient of 1, while the logits are at
     hand. The first backward pass scales them in place and gives them away, so that no second copy of a [V, H] gradient
@@ -55,10 +60,11 @@ class FusedLoss(torch.autograd.Function):
         result = run(hidden, weight, bias, row_scale, wanted if now else [False, False, False], None, constants)
         # Saved, so that a change in place is noticed. A tensor of inference mode cannot be saved, nor changed.
         compiling = torch.compiler.is_compiling()
-        frozen = [x is not None and not compiling and x.is_inference() for x in constants]
-        ctx.frozen = [x if f else None for x, f in zip(constants, frozen, strict=True)]
+        ctx.frozen = [x if x is not None and not compiling and x.is_inference() else None for x in constants]
         # With the logits overwritten nothing can be computed again, and the caller may give up the teacher's.
-        changeable = [None if f or result.overwritten else x for x, f in zip(constants, frozen, strict=True)]
+        changeable = [
+            x if f is None and not result.overwritten else None for x, f in zip(constants, ctx.frozen, strict=True)
+        ]
         # Of logits that are overwritten the memory alone: a view that changed cannot be had back with its history.
         kept = hidden.detach() if result.overwritten else hidden
         ctx.save_for_backward(kept, weight, bias, row_scale, result.state, *changeable)
@@ -68,9 +74,16 @@ class FusedLoss(torch.autograd.Function):
         if result.overwritten:
             torch.autograd.graph.increment_version(hidden)
         ctx.ready = result.gradients if now and any(wanted) else None
-        ctx.mark_non_differentiable(result.results)
-        rows = weighted(row_scale, result.loss_rows)  # a row without weight is no row, even where its loss is infinite
-        return rows.sum() if total else rows, result.results
+        parts = weighted(row_scale, result.results)  # a row without weight is no row, even where its loss is infinite
+        if not total:
+            loss = _mixed(parts, result)
+        elif isinstance(result.factor, Tensor):
+            loss, parts = _mixed(parts, result).sum(), parts.sum(-1)
+        else:
+            parts = parts.sum(-1)
+            loss = _mixed(parts, result)
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,6 +119,14 @@ class FusedLoss(torch.autograd.Function):
         return tuple(
             _scaled(g, upstream, d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
         )
+
+
+def _mixed(parts: Tensor, result: Result) -> Tensor:
+    """The loss of rows or of their sums, in memory of its own."""
+    if result.ce_weight == 1:  # a part without weight must not enter: 0 * inf is not 0
+        return parts[CROSS_ENTROPY].clone()
+    loss: Tensor = parts[DIVERGENCE] * result.factor
+    return loss if result.ce_weight == 0 else loss + result.ce_weight * parts[CROSS_ENTROPY]
 
 
 def _scaled(gradient: Gradient, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -15,16 +15,15 @@ from pocl_kernels.arguments import (
     check_choices,
     check_hidden,
     flattened_labels,
-    reduced,
     row_factors,
     run_time_numbers,
 )
 from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.head import Head, as_head, gathered
-from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace
+from pocl_kernels.modes import autocast_products, check_backend, mode_and_workspace, without_autocast
 from pocl_kernels.operators import Choices
 from pocl_kernels.output import CrossEntropyOutput
-from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, LOG_SUM_EXP, LOSS, Inputs
+from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, LOG_SUM_EXP, Inputs
 
 
 def fused_linear_cross_entropy(
@@ -96,22 +95,18 @@ def fused_linear_cross_entropy(
             Inputs(h, w, b, None, None, None, labels, scale, state), numbers, scales, workspace_mb, ignore_index,
             wanted, choices,
         )  # fmt: skip
-        return Result(results[LOSS], results, (dh, dw, db), state)
+        return Result(results, 1.0, 0.0, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
     flat = hidden.reshape(-1, hidden.shape[-1])
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, results = FusedLoss.apply(
+    with without_autocast(hidden.device):
+        loss, figures = FusedLoss.apply(
             flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels, numbers
         )
+    of = figures.unbind()
     if reduction == "none":
-        loss = loss.reshape(shape)
-    if not parts:
-        return loss
-    figures = [reduced(x, row_scale, reduction) for x in results.unbind()]
-    if reduction == "none":
-        figures = [x.reshape(shape) for x in figures]
-    return CrossEntropyOutput(loss, figures[CROSS_ENTROPY], figures[LOG_SUM_EXP], figures[ACCURACY], count)
+        loss, *of = (x.reshape(shape) for x in (loss, *of))
+    return CrossEntropyOutput(loss, of[CROSS_ENTROPY], of[LOG_SUM_EXP], of[ACCURACY], count) if parts else loss
 
 
 def _check_numbers(label_smoothing: float, z_loss: float) -> None:

@@ -15,17 +15,16 @@ from pocl_kernels.arguments import (
     check_choices,
     check_numbers,
     flattened_labels,
-    reduced,
     row_factors,
     run_time_numbers,
     shared_vocab_size,
 )
 from pocl_kernels.autograd import FusedLoss, Result
 from pocl_kernels.divergences import Divergence, get_divergence
-from pocl_kernels.modes import check_backend
+from pocl_kernels.modes import check_backend, without_autocast
 from pocl_kernels.operators import Choices, is_triton
-from pocl_kernels.output import DivergenceOutput
-from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, DIVERGENCE, ENTROPY, TEACHER_ENTROPY, Inputs
+from pocl_kernels.output import DivergenceOutput, divergence_output
+from pocl_kernels.plan import Inputs
 
 
 def fused_divergence(
@@ -100,23 +99,17 @@ def fused_divergence(
             Inputs(z, None, None, teacher, None, None, labels, scale, state), numbers, scales, 0.0, ignore_index,
             wanted, choices,
         )  # fmt: skip
-        d, ce = results[DIVERGENCE], results[CROSS_ENTROPY]
-        # A part without weight must not enter: 0 * inf is not 0.
-        own = factor if numbers.dim() == 1 else numbers[1].to(d.dtype)
-        loss = ce if ce_weight == 1 else own * d if ce_weight == 0 else own * d + ce_weight * ce
+        own = factor if numbers.dim() == 1 else numbers[1].to(results.dtype)
         written = wanted[0] and inplace and dz is not None and dz.data_ptr() == z.data_ptr()
-        return Result(loss, results, (dz, None, None), state, written)
+        return Result(results, own, ce_weight, (dz, None, None), state, written)
 
-    with torch.autocast(student_logits.device.type, enabled=False):
-        loss, results = FusedLoss.apply(
+    with without_autocast(student_logits.device):
+        loss, parts = FusedLoss.apply(
             student_logits, None, None, row_scale, run, wants_gradient and not later, reduction != "none",
             teacher_logits.detach(), flat_labels, numbers,
         )  # fmt: skip
-    parts = [reduced(x, row_scale, reduction) for x in results.unbind()]
-    if reduction == "none":
-        loss, *parts = (x.reshape(student_logits.shape[:-1]) for x in (loss, *parts))
-    ce, accuracy = (None, None) if labels is None else (parts[CROSS_ENTROPY], parts[ACCURACY])
-    return DivergenceOutput(loss, parts[DIVERGENCE], ce, parts[ENTROPY], count, parts[TEACHER_ENTROPY], accuracy)
+    tokens = student_logits.shape[:-1] if reduction == "none" else None
+    return divergence_output(loss, parts, count, tokens, labels is not None)
 
 
 def _check_logits(student: Tensor, teacher: Tensor, process_group: ProcessGroup | None) -> int | None:

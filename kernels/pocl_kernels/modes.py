@@ -9,6 +9,8 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +96,13 @@ def autocast_products(device: torch.device) -> str:
     if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
         return ""
     return str(torch.get_autocast_dtype("cuda")).removeprefix("torch.")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off, where it is on: the context costs more than to ask."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def check_backend(backend: str, device: torch.device) -> None:

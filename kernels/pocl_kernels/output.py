@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from pocl_kernels.plan import ACCURACY, CROSS_ENTROPY, DIVERGENCE, ENTROPY, TEACHER_ENTROPY
 
 
 class DivergenceOutput(NamedTuple):
@@ -30,6 +33,21 @@ class DivergenceOutput(NamedTuple):
     """Entropy of the teacher's distribution at the given temperature, which is the divergence's, as the student's."""
     accuracy: Tensor | None
     """Whether the student gives no token more probability than the label, 1 or 0; None without labels."""
+
+
+def divergence_output(
+    loss: Tensor,
+    parts: Tensor,  # [RESULTS], or [RESULTS, N]
+    count: Tensor,
+    tokens: torch.Size | None,  # their shape under reduction="none", else None
+    labelled: bool,
+) -> DivergenceOutput:
+    """What a divergence returns, of what :class:`pocl_kernels.autograd.FusedLoss` does."""
+    of = list(parts.unbind())
+    if tokens is not None:
+        loss, *of = (x.reshape(tokens) for x in (loss, *of))
+    ce, accuracy = (of[CROSS_ENTROPY], of[ACCURACY]) if labelled else (None, None)
+    return DivergenceOutput(loss, of[DIVERGENCE], ce, of[ENTROPY], count, of[TEACHER_ENTROPY], accuracy)
 
 
 class CrossEntropyOutput(NamedTuple):
