@@ -250,15 +250,14 @@ def report(
     """
 
     def work(console: Console) -> None:
-        from pocl.report import write_report
-        from pocl.run_folder import RunFolder
+        from pocl.pipeline.evaluating import renewed_report
 
-        console.print(f"Report: {write_report(folder)}", highlight=False)
-        if compare is not None:
-            from pocl.report.comparison import write_comparison
+        with renewed_report(folder) as page:
+            console.print(f"Report: {page}", highlight=False)
+            if compare is not None:
+                from pocl.report.comparison import write_comparison
 
-            console.print(f"Comparison: {write_comparison(folder, compare)}", highlight=False)
-        RunFolder(folder).refresh("report", ["report"])
+                console.print(f"Comparison: {write_comparison(folder, compare)}", highlight=False)
 
     _guarded(work, f"pocl report {shlex.quote(str(folder))}", [folder])
 

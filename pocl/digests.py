@@ -33,10 +33,13 @@ _READERS = 4  # files read at a time
 def content_fingerprint(path: Path) -> str:
     """16 hex digits that stand for a file, or for the files below a folder, independent of place and time stamps.
 
-    Every byte counts: weights that were merged or trained on keep their size and both ends.
+    Every byte counts: weights that were merged or trained on keep their size and both ends. Only a model's card does
+    not: it may be written again, and the model is the same.
     """
     digest = hashlib.blake2b()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        files = [file for file in files if file != path / "README.md"]
     for file, content in zip(files, file_digests(files), strict=True):
         digest.update(f"{file.relative_to(path)}:{file.stat().st_size}:{content}:".encode())
     return digest.hexdigest()[:16]

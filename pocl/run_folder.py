@@ -145,8 +145,12 @@ class RunFolder:
         sizes = record["files"]
         return all((self.path / name).is_file() and (self.path / name).stat().st_size == sizes[name] for name in sizes)
 
-    def start(self, step: str, mark: str, settings: Mapping[str, Any], outputs: Sequence[str]) -> bool:
+    def start(
+        self, step: str, mark: str, settings: Mapping[str, Any], outputs: Sequence[str], renews: Sequence[str] = ()
+    ) -> bool:
         """Note that a step begins; leftovers of the same work are kept, those of other work removed.
+
+        Files of other steps that it `renews` are kept in any case, and no longer counted as theirs.
 
         Returns:
             True if there are leftovers to resume from.
@@ -164,6 +168,7 @@ class RunFolder:
                 _remove(self.path / name)
         kept = record.get("seconds", 0.0) if resumes else 0.0
         record = {"state": "started", "fingerprint": mark, "settings": dict(settings), "seconds": kept}
+        self._disown(renews)
         self._save(step, record | {"started_at": time.time()})
         return resumes and any((self.path / name).exists() for name in outputs)
 
@@ -191,11 +196,26 @@ class RunFolder:
         }
         self._save(step, record)
 
-    def refresh(self, step: str, outputs: Sequence[str]) -> None:
-        """Note the files of a finished step anew, after they were written again outside it (a report)."""
+    @contextlib.contextmanager
+    def refreshing(self, step: str, outputs: Sequence[str], renews: Sequence[str] = ()) -> Iterator[None]:
+        """Note the files of a finished step anew when the block has written them again (a report).
+
+        What it `renews` is another step's no more before the block begins, so that a kill undoes no step.
+        """
         record = self.record(step)
         if record.get("state") == "finished":
-            self._save(step, record | {"files": self._files(outputs)})
+            self._disown(renews)
+            self._save(step, record)
+        yield
+        if record.get("state") == "finished":
+            there = [name for name in renews if (self.path / name).is_file()]  # a student may have been moved away
+            self._save(step, record | {"files": self._files([*outputs, *there])})
+
+    def _disown(self, names: Sequence[str]) -> None:
+        """Let files belong to no step; the next one that is noted may be their owner."""
+        for record in self._manifest["steps"].values():
+            for name in names:
+                record.get("files", {}).pop(name, None)
 
     def _files(self, outputs: Sequence[str]) -> dict[str, int]:
         return {name: size for output in outputs for name, size in self._sizes(output)}

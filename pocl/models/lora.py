@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,22 @@ def _without_shorthand(model: Any, targets: Sequence[str]) -> list[str]:
     return list(targets)
 
 
-def merge_folder(source: str | Path, target: Path, *, dtype: Any = "auto", trust_remote_code: bool = False) -> None:
-    """Write the model that an adapter makes of its base, an ordinary one, with its tokenizer.
+def merge_folder(
+    source: str | Path,
+    target: Path,
+    *,
+    dtype: Any = "auto",
+    trust_remote_code: bool = False,
+    finishing: Callable[[Path], None] | None = None,
+) -> None:
+    """Write the model that an adapter makes of its base, an ordinary one, with its tokenizer; whole or not at all.
 
     Args:
         source: folder of a PEFT adapter.
         target: folder to write, which must not be there.
         dtype: of the weights; that of the base when left out.
         trust_remote_code: run model code that comes with the base.
+        finishing: is given the folder before it takes its place, to add to it.
 
     Raises:
         ValueError: no adapter lies in `source`, it cannot be merged, or `target` is there.
@@ -161,6 +169,8 @@ def merge_folder(source: str | Path, target: Path, *, dtype: Any = "auto", trust
     ends = Path(source) / "generation_config.json"
     if ends.is_file():  # of the student: all tokens that it was taught to end with
         _take_ends(ends, scratch / ends.name)
+    if finishing:
+        finishing(scratch)
     follow_umask(scratch)
     scratch.rename(target)
 

@@ -17,7 +17,7 @@ import yaml
 from pocl.data.corpus import is_corpus
 from pocl.data.tables import values_of
 from pocl.pipeline.context import Context, source_fingerprint
-from pocl.pipeline.evaluating import evaluated_models, score_models
+from pocl.pipeline.evaluating import evaluated_models, renewed_report, score_models
 from pocl.pipeline.run import run
 from pocl.pipeline.steps import EVALUATION, REPORT, TRAINING
 from pocl.recipe import Recipe
@@ -90,7 +90,9 @@ def evaluate_run(
     else:
         with only_user(path):
             done = _score_elsewhere(own, recipe, data, split, name, models, console)
-    _renew_report(folder)
+    if folder.record(REPORT).get("state") == "finished":  # only one that was written is written again
+        with renewed_report(path):
+            pass
     return done
 
 
@@ -210,12 +212,3 @@ def _tell_overlap(context: Context, examples: Dataset) -> None:
         context.say(
             f"[yellow]{count} of {len(examples)} questions are among those that the student trained on.[/yellow]"
         )
-
-
-def _renew_report(folder: RunFolder) -> None:
-    """The report takes new scores in; only one that was written is written again."""
-    from pocl.report import write_report
-
-    if folder.record(REPORT).get("state") == "finished":
-        write_report(folder.path)
-        folder.refresh(REPORT, ["report"])

@@ -35,6 +35,8 @@ class Step:
     """Steps whose outcome this one depends on."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the outcome depends on besides: parts of the recipe and fingerprints of outside inputs."""
+    renews: Sequence[str] = ()
+    """Files of earlier steps that this one writes again; from then on they are its own."""
     shared: bool = False
     """Whether all processes do it together; else the first one does, and the others wait."""
 
@@ -80,7 +82,9 @@ def run_steps(
             context.release()
             gc.collect()
         seconds = time.perf_counter() - started
-        processes.first(partial(folder.finish, step.name, step.outputs, seconds=seconds, summary=summary))
+        processes.first(
+            partial(folder.finish, step.name, [*step.outputs, *step.renews], seconds=seconds, summary=summary)
+        )
         context.summaries[step.name] = summary
         took = duration(time.perf_counter() - started)
         console.print(f"      [green]done[/green] in {took}. {summary['note']}", highlight=False, soft_wrap=True)
@@ -90,7 +94,7 @@ def _begin(folder: RunFolder, step: Step, mark: str) -> tuple[dict[str, Any] | N
     """The record of a step that is done, or else None and whether there are leftovers to go on from."""
     if folder.is_finished(step.name, mark):
         return folder.record(step.name), False
-    return None, folder.start(step.name, mark, step.settings, step.outputs)
+    return None, folder.start(step.name, mark, step.settings, step.outputs, step.renews)
 
 
 def _do(step: Step, context: Context, processes: Processes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pocl.pipeline.card import write_merged_card
 from pocl.recipe import Recipe
 from pocl.recipe.models import LoraSection, StudentSection
 
@@ -88,7 +89,7 @@ def merged_by(recipe: Recipe) -> Callable[[Path, Path], None] | None:
     return _merging(student) if student.lora and student.lora.merge else None
 
 
-def _merging(student: StudentSection) -> Callable[[Path, Path], None]:
+def _merging(student: StudentSection) -> Callable[..., None]:
     import torch
 
     from pocl.models.lora import merge_folder
@@ -110,10 +111,11 @@ def merge_student(folder: Path, output: Path | None = None) -> Path:
 
     if not (folder / RECIPE).is_file():
         target = output or folder.with_name(f"{folder.name}-merged")
-        merge_folder(folder, target)
+        merge_folder(folder, target, finishing=functools.partial(write_merged_card, folder))
         return target
-    if not (folder / "student").is_dir():
+    student = folder / "student"
+    if not student.is_dir():
         raise RunFolderError(f"{folder} has no trained student yet: run pocl distill first")
     target = output or folder / "student-merged"
-    _merging(load_recipe(folder).student)(folder / "student", target)
+    _merging(load_recipe(folder).student)(student, target, finishing=functools.partial(write_merged_card, student))
     return target

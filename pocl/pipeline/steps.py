@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pocl.data.encoding import FORMAT
+from pocl.pipeline.card import CARD
 from pocl.pipeline.context import source_fingerprint
 from pocl.pipeline.curricula import curriculum_of
 from pocl.pipeline.engine import Step
@@ -161,7 +162,8 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
     if not takes_ranking(recipe):
         steps = [step for step in steps if step.name != RANKING]
     after = [step.name for step in steps]
-    steps.append(Step(REPORT, "Tables and pictures of the run.", write_report, outputs=["report"], needs=after))
+    why = "Tables and pictures of the run, and what was measured into the student's card."
+    steps.append(Step(REPORT, why, write_report, outputs=["report"], renews=[CARD], needs=after))
     if recipe.hub.repository:
         scored = [EVALUATION] if recipe.data.num_test else []
         steps.append(

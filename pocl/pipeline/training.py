@@ -12,13 +12,14 @@ import pyarrow as pa
 
 from pocl.curriculum import Curriculum, Stage
 from pocl.data.tables import arrow_column, slice_of
+from pocl.pipeline.card import write_card
 from pocl.pipeline.context import Context
 from pocl.pipeline.corpus import criteria_without_answers
 from pocl.pipeline.curricula import batch_size_of, curriculum_of, teacher_passes
 from pocl.pipeline.lora import merged_by
 from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
 from pocl.recipe import Recipe
-from pocl.run_folder import replacing, write_text
+from pocl.run_folder import replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -237,7 +238,7 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
         on_policy_replay=recipe.on_policy.replay,
     )
     trainer.train()
-    _save(trainer, context.path / "student", title=recipe.name, merged=merged_by(recipe))
+    _save(trainer, context.path / "student", card=recipe, merged=merged_by(recipe))
     _remove_stages(folder)
     return {
         "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
@@ -361,9 +362,9 @@ def adapt_teacher(context: Context) -> Mapping[str, Any]:
 
 
 def _save(
-    trainer: Any, folder: Path, *, title: str | None = None, merged: Callable[[Path, Path], None] | None = None
+    trainer: Any, folder: Path, *, card: Recipe | None = None, merged: Callable[[Path, Path], None] | None = None
 ) -> None:
-    """Write the student, its tokenizer and, under a title, a card; the folder is there in full or not at all.
+    """Write the student, its tokenizer and, of a recipe, a card; the folder is there in full or not at all.
 
     `merged` makes an ordinary model of the folder of an adapter.
     """
@@ -382,8 +383,8 @@ def _save(
             shutil.rmtree(scratch, ignore_errors=True)
             merged(apart, scratch)
             shutil.rmtree(apart)
-        if title:
-            write_text(scratch / "README.md", f"# {title}\n{distillation_section(trainer)}")
+        if card:
+            write_card(card, scratch, distillation_section(trainer))
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     trainer.accelerator.wait_for_everyone()

@@ -16,9 +16,13 @@ def half_width(result: Mapping[str, Any], measure: str) -> float | None:
         result: an evaluation with `of_each` (see `pocl.evaluate.EvaluationResult`).
         measure: `cross_entropy`, `kl_to_teacher`, `rouge_l` or `exact_match`.
     """
-    values, weights = _of_each(result, measure)
-    means = _resampled(values, weights)
-    return None if means is None else float(means[1] - means[0]) / 2
+    ends = interval(result, measure)
+    return None if ends is None else (ends[1] - ends[0]) / 2
+
+
+def interval(result: Mapping[str, Any], measure: str) -> tuple[float, float] | None:
+    """The 95 % interval itself; None as for `half_width`."""
+    return _resampled(*_of_each(result, measure))
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any], measure: str) -> tuple[float, float] | None:
