@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pocl_kernels import Divergence, DivergenceOutput, Head, fused_linear_divergence
+from pocl_kernels import Divergence, DivergenceOutput, Head, SparseTeacher, fused_linear_divergence
 from pocl_kernels.divergences import get_divergence
 
 
@@ -53,14 +53,16 @@ class DistillationLoss(torch.nn.Module):
         self,
         student_hidden: Tensor,
         student_head: Head | Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Head | Tensor,
+        teacher_hidden: Tensor | SparseTeacher,
+        teacher_head: Head | Tensor | None = None,
         *,
         labels: Tensor | None = None,
         token_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> DivergenceOutput:
-        """``[..., H_s]``, head, ``[..., H_t]``, head -> losses in nats per valid token."""
+        """``[..., H_s]``, head, ``[..., H_t]``, head -> losses in nats per valid token. A :class:`pocl.SparseTeacher`
+        stands in place of the last two.
+        """
         return fused_linear_divergence(
             student_hidden,
             student_head,

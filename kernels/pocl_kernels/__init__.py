@@ -21,6 +21,7 @@ from pocl_kernels.divergences import (
 from pocl_kernels.head import Head
 from pocl_kernels.logits import fused_divergence
 from pocl_kernels.output import CrossEntropyOutput, DivergenceOutput
+from pocl_kernels.sparse import SparseTeacher
 
 __all__ = [
     "DIVERGENCES",
@@ -38,6 +39,7 @@ __all__ = [
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "SparseTeacher",
     "fused_divergence",
     "fused_linear_cross_entropy",
     "fused_linear_divergence",

@@ -26,13 +26,14 @@ from pocl_kernels.modes import autocast_products, check_backend, mode_and_worksp
 from pocl_kernels.operators import Choices
 from pocl_kernels.output import DivergenceOutput, divergence_output
 from pocl_kernels.plan import Inputs
+from pocl_kernels.sparse import SparseTeacher, check_sparse, check_tail
 
 
 def fused_linear_divergence(
     student_hidden: Tensor,
     student_head: Head | Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Head | Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_head: Head | Tensor | None = None,
     *,
     divergence: str | Divergence = "fkl",
     temperature: float | Tensor = 1.0,
@@ -57,7 +58,8 @@ def fused_linear_divergence(
     Args:
         student_hidden: ``[..., H_s]`` last hidden states of the student.
         student_head: :class:`Head`, or a bare ``[V, H_s]`` weight.
-        teacher_hidden: ``[..., H_t]``, same leading shape; computed without gradient.
+        teacher_hidden: ``[..., H_t]``, same leading shape; computed without gradient. Or a :class:`SparseTeacher`, its
+            K likeliest tokens a position, which has no head: three matrix products in place of four.
         teacher_head: :class:`Head`, or a bare ``[V, H_t]`` weight; parameters that require grad get none, like the
             hidden states a head with a graph behind it is refused. Vocabularies may differ by padding rows at the end:
             the surplus rows take no probability and get a zero gradient.
@@ -91,28 +93,36 @@ def fused_linear_divergence(
     Raises:
         ValueError: for shapes, dtypes, devices or settings that do not fit, and for labels outside the vocabulary.
     """
-    student_head, teacher_head = gathered(as_head(student_head)), as_head(teacher_head)
-    divergence = get_divergence(divergence)
-    vocab_size = check_models(student_hidden, student_head, teacher_hidden, teacher_head, process_group)
-    teacher_head = gathered(teacher_head)
+    student_head, divergence = gathered(as_head(student_head)), get_divergence(divergence)
+    sparse = teacher_hidden if isinstance(teacher_hidden, SparseTeacher) else None
+    pair: tuple[Tensor, Head] | None = None
+    if isinstance(teacher_hidden, SparseTeacher):
+        vocab_size = check_sparse(student_hidden, student_head, teacher_hidden, teacher_head, process_group is None)
+    else:
+        if teacher_head is None:
+            raise ValueError("teacher_head is missing: hidden states need their head; a SparseTeacher needs none")
+        pair = teacher_hidden, as_head(teacher_head)
+        vocab_size = check_models(student_hidden, student_head, *pair, process_group)
+        pair = teacher_hidden, gathered(pair[1])
     check_numbers(temperature, ce_weight, labels)
+    if sparse is not None:
+        check_tail(sparse, divergence, temperature, vocab_size)
     temperature, parameters = by_token(student_hidden, temperature, divergence)
     check_choices(reduction, memory, workspace_mb)
     check_backend(backend, student_hidden.device)
-    pair = teacher_hidden, teacher_head
     mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, student_hidden, student_head, pair)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
     flat_labels = flattened_labels(labels, student_hidden, ignore_index, vocab_size)
     row_scale, count = row_factors(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
 
-    hidden, teacher = (
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
-        teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
-    )
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    of_teacher, teacher_scales = _constants_of(pair, sparse)
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
-    scales = [student_head.scale, student_head.softcap or 0.0, teacher_head.scale, teacher_head.softcap or 0.0]
+    scales = [student_head.scale, student_head.softcap or 0.0, *teacher_scales]
     products = autocast_products(hidden.device)
     choices = Choices(divergence.token, backend, mode, group_name, products)
+    if sparse is not None:
+        choices = choices._replace(tail=sparse.tail, vocab_size=str(vocab_size or ""))
     numbers = run_time_numbers([temperature, factor, ce_weight, *parameters])
     if numbers.dim() == 2:
         scales.append(ce_weight)
@@ -121,9 +131,9 @@ def fused_linear_divergence(
         h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
-        teacher, weight, bias, labels, numbers = constants
+        teacher, weight, bias, ids, log_probs, labels, numbers = constants
         results, dh, dw, db, state = operators.linear_loss(
-            Inputs(h, w, b, teacher, weight, bias, labels, scale, state),
+            Inputs(h, w, b, teacher, weight, bias, labels, scale, state, ids, log_probs),
             numbers,
             scales,
             workspace_mb,
@@ -138,10 +148,20 @@ def fused_linear_divergence(
     with without_autocast(hidden.device):
         loss, parts = FusedLoss.apply(
             hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none",
-            teacher, teacher_head.weight.detach(), _detach(teacher_head.bias), flat_labels, numbers,
+            *of_teacher, flat_labels, numbers,
         )  # fmt: skip
     return divergence_output(loss, parts, count, shape if reduction == "none" else None, labels is not None)
 
 
-def _detach(x: Any) -> Any:
-    return None if x is None else x.detach()
+def _constants_of(
+    pair: tuple[Tensor, Head] | None, sparse: SparseTeacher | None
+) -> tuple[tuple[Tensor | None, ...], list[float]]:
+    """What a loss reads of its teacher: hidden states, weight, bias, ids, log-probabilities; and scale and softcap."""
+    if sparse is not None:
+        K = sparse.token_ids.shape[-1]
+        return (None, None, None, sparse.token_ids.reshape(-1, K), sparse.log_probs.detach().reshape(-1, K)), [1.0, 0.0]
+    assert pair is not None
+    hidden, head = pair
+    bias = None if head.bias is None else head.bias.detach()
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    return (flat, head.weight.detach(), bias, None, None), [head.scale, head.softcap or 0.0]

@@ -33,6 +33,8 @@ class Choices(NamedTuple):
     process_group: str = ""
     products: str = ""  # autocast's dtype on a GPU, e.g. "bfloat16"; empty: that of the inputs
     inplace: str = ""  # not empty: the gradient of logits at hand may be written over them
+    tail: str = ""  # of a sparse teacher
+    vocab_size: str = ""  # the sparse teacher's, if it is not the student's
 
 
 def linear_loss(
@@ -114,11 +116,15 @@ def _compute(
         label_smoothing=float(smoothing),
         z_loss=float(z_loss),
         products=getattr(torch, chosen.products) if chosen.products else None,
+        tail=chosen.tail,
+        vocab_size=int(chosen.vocab_size or 0),
     )
     if given.student_weight is None:
         return logits_module(chosen.backend, given.student_hidden.device).divergence(given, plan, Gradients(*wanted))
     module = backend_module(chosen.backend, given.student_hidden.device)
     function = module.linear_cross_entropy if kind is None else module.linear_divergence
+    if chosen.tail:
+        function = module.linear_sparse
     return function(given, plan, Gradients(*wanted))
 
 

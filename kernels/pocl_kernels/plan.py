@@ -37,6 +37,8 @@ class Plan:
     label_smoothing: float = 0.0  # of the cross-entropy alone; so is the next
     z_loss: float = 0.0
     products: torch.dtype | None = None  # 16-bit dtype for the factors of all matrix products; None: that of the inputs
+    tail: str = ""  # of a sparse teacher; empty: there is none
+    vocab_size: int = 0  # of a sparse teacher, who has no head to tell; 0: every row of the student's is a token
 
     @property
     def slope_coefficient(self) -> Any:
@@ -74,8 +76,8 @@ class Gradients(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors that a call reads. A cross-entropy has labels and no teacher. Without weights the hidden states are
-    logits: ``[..., V_s]`` and ``[..., V_t]`` of any strides but the last.
+    """The tensors that a call reads. A cross-entropy has labels and no teacher; a sparse teacher has the last two.
+    Without weights the hidden states are logits: ``[..., V_s]`` and ``[..., V_t]`` of any strides but the last.
     """
 
     student_hidden: Tensor  # [N, H_s]
@@ -87,6 +89,8 @@ class Inputs(NamedTuple):
     labels: Tensor | None  # [N]
     row_scale: Tensor  # [N]
     state: Tensor | None = None  # of a call without gradients on the same tensors, under memory="low"
+    token_ids: Tensor | None = None  # [N, K]
+    log_probs: Tensor | None = None  # [N, K]
 
     @property
     def vocab_size(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pocl_kernels.head import Head, as_head
 from pocl_kernels.output import CrossEntropyOutput, DivergenceOutput
+from pocl_kernels.sparse import SparseTeacher
 
 
 def logits(hidden: Tensor, head: Head | Tensor) -> Tensor:
@@ -29,9 +30,14 @@ def log_probabilities(hidden: Tensor, head: Head | Tensor, temperature: float, v
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a, b) of each row, 0 log 0 = 0."""
-    a = log_a.exp()
-    return torch.where(a > 0, a * (log_a - log_b), 0.0).sum(-1)
+    """KL(a, b) of each row, 0 log 0 = 0; where a or b does not sum to one, the generalised KL."""
+    a, b = log_a.exp(), log_b.exp()
+    return (torch.where(a > 0, a * (log_a - log_b), 0.0) - a + b).sum(-1)
+
+
+def entropy_of(log_a: Tensor) -> Tensor:
+    """Of each row, nats; 0 log 0 = 0."""
+    return -torch.where(log_a.exp() > 0, log_a.exp() * log_a, 0.0).sum(-1)
 
 
 def log_mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
@@ -73,18 +79,50 @@ def divergence_rows(name: str, l: Tensor, r: Tensor, **parameters: float) -> Ten
     if name == "alpha_beta":
         a, b = parameters.get("alpha", 0.2), parameters.get("beta", 0.7)
         if b == 0:  # ABKD's equation for this limit; the other is the same with p and q exchanged
-            return (p**a * a * (r - l) - p**a + q**a).sum(-1) / a**2
+            return (torch.where(p > 0, p**a * a * (r - l), 0.0) - p**a + q**a).sum(-1) / a**2
         if a == 0:
             return (q**b * b * (l - r) - q**b + p**b).sum(-1) / b**2
         return -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum(-1) / (a * b)
     raise ValueError(f"the reference knows no divergence {name!r}")
 
 
+def sparse_log_probabilities(
+    l: Tensor, ids: Tensor, log_probs: Tensor, tail: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """One row's outcomes: log-probabilities of the student and of a sparse teacher.
+
+    ``l``: ``[V]``, tempered; ``ids`` and ``log_probs``: ``[K]`` at temperature 1, -1 is padding.
+    """
+    eps = torch.finfo(log_probs.dtype).eps
+    log_probs, ids = log_probs[ids >= 0].double(), ids[ids >= 0]
+    p, V = log_probs.exp(), l.shape[0]
+    others = torch.ones(V, dtype=torch.bool).index_fill(0, ids, False)
+    rest = int(others.sum())
+    # What the other tokens have; rounding may hide half an ulp of each log-probability, and of 1 in float32.
+    missing = 1.0 - p.sum()
+    least = eps / 2 * (p * log_probs.clamp_min(-1e30)).abs().sum() + min(eps, torch.finfo(torch.float32).eps) / 2
+    missing = torch.maximum(missing, least)
+
+    teacher = torch.zeros(V, dtype=torch.float64)
+    teacher[ids] = p
+    if tail in ("bucket", "uniform") and rest:
+        teacher[others] = missing / rest
+    teacher = teacher ** (1.0 / temperature)
+    if tail != "zero":
+        teacher = teacher / teacher.sum()
+    if tail != "bucket" or not rest:
+        return l, teacher.log()
+    return (
+        torch.cat([l[ids], l[others].logsumexp(0, keepdim=True)]),
+        torch.cat([teacher[ids], teacher[others].sum().reshape(1)]).log(),
+    )
+
+
 def fused_linear_divergence(
     student_hidden: Tensor,
     student_head: Head | Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Head | Tensor,
+    teacher_hidden: Tensor | SparseTeacher,
+    teacher_head: Head | Tensor | None = None,
     *,
     divergence: str = "fkl",
     temperature: float = 1.0,
@@ -101,18 +139,30 @@ def fused_linear_divergence(
     alpha.
     """
     shape = student_hidden.shape[:-1]
-    student_head, teacher_head = as_head(student_head), as_head(teacher_head)
-    vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
-    hs, ht = student_hidden.reshape(-1, student_hidden.shape[-1]), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+    student_head, hs = as_head(student_head), student_hidden.reshape(-1, student_hidden.shape[-1])
     n = hs.shape[0]
     valid = torch.ones(n, dtype=torch.bool) if labels is None else labels.reshape(-1) != ignore_index
     weight = torch.ones(n).double() if token_weight is None else token_weight.reshape(-1).double()
-    hs, ht, weight = hs[valid], ht[valid], weight[valid]
+    hs, weight = hs[valid], weight[valid]
 
-    l = log_probabilities(hs, student_head, temperature, vocab_size)
-    r = log_probabilities(ht, teacher_head, temperature, vocab_size).detach()
-    d = divergence_rows(divergence, l, r, **parameters)
-    entropy, teacher_entropy = (-torch.where(x.exp() > 0, x.exp() * x, 0.0).sum(-1) for x in (l, r))
+    if isinstance(teacher_hidden, SparseTeacher):
+        vocab_size = min(student_head.vocab_size, teacher_hidden.vocab_size or student_head.vocab_size)
+        l = log_probabilities(hs, student_head, temperature, vocab_size)
+        ids, log_probs = (x.flatten(0, -2)[valid] for x in (teacher_hidden.token_ids, teacher_hidden.log_probs))
+        rows = [
+            sparse_log_probabilities(*row, teacher_hidden.tail, temperature)
+            for row in zip(l, ids.long(), log_probs.detach(), strict=True)
+        ]
+        d = torch.stack([divergence_rows(divergence, a, b, **parameters) for a, b in rows]) if rows else l.sum(-1)
+        teacher_entropy = torch.stack([entropy_of(r) for _, r in rows]) if rows else l.sum(-1)
+    else:
+        assert teacher_head is not None
+        teacher_head, ht = as_head(teacher_head), teacher_hidden.reshape(-1, teacher_hidden.shape[-1])
+        vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
+        l = log_probabilities(hs, student_head, temperature, vocab_size)
+        r = log_probabilities(ht[valid], teacher_head, temperature, vocab_size).detach()
+        d, teacher_entropy = divergence_rows(divergence, l, r, **parameters), entropy_of(r)
+    entropy = entropy_of(l)
     ce = accuracy = None
     if labels is not None:
         l1 = log_probabilities(hs, student_head, 1.0, vocab_size)

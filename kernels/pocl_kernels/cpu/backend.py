@@ -21,8 +21,10 @@ from pocl_kernels import parallel
 from pocl_kernels.cpu import compiler, memory
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.eager import rows as eager
+from pocl_kernels.eager.sparse import sparse_rows
 from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
 from pocl_kernels.scalar import Program, trace
+from pocl_kernels.targets import targets_of
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
 LOGITS_SHARE = 0.97  # of the workspace; the rest is for slices in the making, rows of threads, the library's packing
@@ -88,6 +90,34 @@ def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
         results.index_copy_(0, index, out)
         if any(wanted):
             student.accumulate(index, z)
+    if group is not None and student.grad_hidden is not None:
+        group.sum(student.grad_hidden)
+    return Rows(results.T.contiguous(), *student.gradients())
+
+
+def linear_sparse(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
+    """As :func:`linear_divergence`, of a sparse teacher: a cross-entropy's three products and its memory."""
+    V, dtype, labels, row_scale = plan.vocab_size or inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
+    assert inputs.student_weight is not None
+    student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
+    results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
+    group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
+    rows = counting_rows(labels, plan.ignore_index, row_scale)
+    targets = targets_of(inputs, plan.at(rows), rows, V if group is None else group.total)
+    share = V if group is None else group.largest
+    size = evened(len(rows), int(LOGITS_SHARE * plan.workspace_mb * 2**20 / (share * dtype.itemsize)))
+    done = 0
+    for index in _split(rows, size):
+        z = student.project(index)
+        out = torch.empty(len(index), RESULTS, dtype=dtype)
+        scale = row_scale.index_select(0, index).to(dtype)
+        picked = None if labels is None else labels.index_select(0, index)
+        chosen = targets.at(slice(done, done + len(index)))
+        sparse_rows(z, student.bias, chosen, picked, scale, plan.at(index), any(wanted), out, group)
+        results.index_copy_(0, index, out)
+        if any(wanted):
+            student.accumulate(index, z)
+        done += len(index)
     if group is not None and student.grad_hidden is not None:
         group.sum(student.grad_hidden)
     return Rows(results.T.contiguous(), *student.gradients())

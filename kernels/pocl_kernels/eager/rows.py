@@ -44,8 +44,8 @@ def divergence_rows(
         part = slice(first, first + step)
         own = plan.at((part, None), zs.dtype)  # columns
         assert own.divergence is not None
-        z = _transform(zs[part], bias_s, plan.student_scale, plan.student_softcap)
-        y = _transform(zt[part], bias_t, plan.teacher_scale, plan.teacher_softcap)
+        z = transform(zs[part], bias_s, plan.student_scale, plan.student_softcap)
+        y = transform(zt[part], bias_t, plan.teacher_scale, plan.teacher_softcap)
         l = _log_softmax(z / own.temperature, group)
         r = _log_softmax(y / own.temperature, group)
         q, slope = l.exp(), own.divergence.relative_slope(l, r, *_anchor(l, r, group))
@@ -57,7 +57,7 @@ def divergence_rows(
         sums[:, RESULTS + 1] = q.sum(-1)
         if labels is not None:
             l1 = _log_softmax(z, group)
-            index, inside = _local(labels[part], z.shape[1], group)
+            index, inside = local_labels(labels[part], z.shape[1], group)
             sums[:, CROSS_ENTROPY] = -torch.where(inside, l1.gather(-1, index).squeeze(-1), 0.0)
         if group is not None:
             group.sum(sums)
@@ -76,7 +76,7 @@ def divergence_rows(
             gradient += l1.exp() * plan.ce_weight
             gradient.scatter_add_(-1, index, -plan.ce_weight * inside[:, None].to(gradient.dtype))
         gradient = weighted(row_scale[part, None], gradient)
-        _through_transform(gradient, z, plan.student_scale, plan.student_softcap)
+        through_transform(gradient, z, plan.student_scale, plan.student_softcap)
         zs[part] = gradient
 
 
@@ -96,10 +96,10 @@ def cross_entropy_rows(
     step = max(1, SUB_BLOCK_ELEMENTS // largest_share)
     for first in range(0, z.shape[0], step):
         part = slice(first, first + step)
-        x = _transform(z[part], bias, scale, softcap)
+        x = transform(z[part], bias, scale, softcap)
         largest = _largest(x, group)
         below = x - largest[:, None]
-        index, inside = _local(labels[part], own, group)
+        index, inside = local_labels(labels[part], own, group)
         sums = torch.stack(
             [below.exp().sum(-1), torch.where(inside, below.gather(-1, index).squeeze(-1), 0.0), below.sum(-1)], 1
         )
@@ -116,7 +116,7 @@ def cross_entropy_rows(
             gradient -= smoothing / V
             gradient.scatter_add_(-1, index, (smoothing - 1.0) * inside[:, None].to(gradient.dtype))
             gradient = weighted(row_scale[part, None], gradient)
-            _through_transform(gradient, x, scale, softcap)
+            through_transform(gradient, x, scale, softcap)
             z[part] = gradient
 
 
@@ -142,7 +142,7 @@ def _anchor(l: Tensor, r: Tensor, group: VocabularyGroup | None) -> tuple[Tensor
     return l0, r0
 
 
-def _local(labels: Tensor, V: int, group: VocabularyGroup | None) -> tuple[Tensor, Tensor]:
+def local_labels(labels: Tensor, V: int, group: VocabularyGroup | None) -> tuple[Tensor, Tensor]:
     """Column of each label ``[n, 1]`` and whether this process has it ``[n]``; exactly one process must."""
     index = labels if group is None else labels - group.offset
     inside = (index >= 0) & (index < V)
@@ -154,7 +154,7 @@ def _local(labels: Tensor, V: int, group: VocabularyGroup | None) -> tuple[Tenso
     return index.clamp(0, V - 1)[:, None], inside
 
 
-def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
     if bias is not None:
         z = z + bias
     if scale != 1.0:
@@ -163,7 +163,7 @@ def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float | No
     return z if softcap is None else softcap * torch.tanh(z / softcap) + (z - z)
 
 
-def _through_transform(gradient: Tensor, z: Tensor, scale: float, softcap: float | None) -> None:
+def through_transform(gradient: Tensor, z: Tensor, scale: float, softcap: float | None) -> None:
     """In place: from the gradient of the transformed logits ``z`` to that of the projection."""
     if softcap is not None:
         gradient *= 1.0 - (z / softcap) ** 2
