@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from pocl_kernels.divergences import Divergence, require
+from pocl_kernels.divergences import Divergence, is_number, require
 from pocl_kernels.head import Head
 from pocl_kernels.plan import compute_dtype
 
@@ -77,8 +77,10 @@ def check_numbers(temperature: float | Tensor, ce_weight: float, labels: Tensor 
     if isinstance(temperature, Tensor) and temperature.dim():
         inside = (temperature > 0) & (temperature < math.inf)
         require(inside, "temperature must be positive and finite for every token", temperature)
-    elif not (isinstance(temperature, (int, float, Tensor)) and 0 < temperature < math.inf):
+    elif not (is_number(temperature) and 0 < temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} must be a positive number, or a tensor of one a token")
+    if not is_number(ce_weight):
+        raise ValueError(f"ce_weight={ce_weight!r} must be one number in [0, 1], the same for all tokens")
     if not 0.0 <= ce_weight <= 1.0:
         raise ValueError(f"ce_weight={ce_weight!r} must be in [0, 1]")
     if ce_weight > 0 and labels is None:
@@ -207,7 +209,7 @@ def row_factors(
     if normalizer is not None:
         normalizer = checked_normalizer(normalizer, hidden)
     if reduction == "mean":
-        known = isinstance(normalizer, (int, float)) or (normalizer is not None and normalizer.device.type == "cpu")
+        known = normalizer is not None and (not isinstance(normalizer, Tensor) or normalizer.device.type == "cpu")
         if known and count.device.type == "cpu" and not torch.compiler.is_compiling() and normalizer == 0 and count > 0:
             raise ValueError(f"normalizer is 0, but {int(count)} tokens are valid here: pass the global batch's count")
         # A batch without valid tokens has loss 0 and zero gradients.
@@ -218,7 +220,9 @@ def row_factors(
 def checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | Tensor:
     """A number, or a tensor of one; it is 0 where no process has a valid token."""
     if not isinstance(normalizer, Tensor):
-        if not (isinstance(normalizer, (int, float)) and normalizer >= 0):
+        if not is_number(normalizer):
+            raise ValueError(f"normalizer={normalizer!r} must be one number: the global batch's valid tokens")
+        if not normalizer >= 0:
             raise ValueError(f"normalizer={normalizer!r} must not be negative: the global batch's valid tokens")
         return normalizer
     if normalizer.numel() != 1:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -45,6 +46,13 @@ def require(holds: torch.Tensor, message: str, values: torch.Tensor) -> None:
         torch._assert_async(holds.all(), message)
     elif not holds.all():
         raise ValueError(f"{message}, got {values[~holds].reshape(-1)[0].item():g} ({int((~holds).sum())} such)")
+
+
+def is_number(x: object) -> bool:
+    """Whether ``x`` is one number: Python's, NumPy's, a tensor without dimensions, or a graph's stand-in for one."""
+    if isinstance(x, torch.Tensor):
+        return x.dim() == 0
+    return torch.compiler.is_compiling() or isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +120,8 @@ class Divergence(abc.ABC):
         if isinstance(x, torch.Tensor) and x.dim():
             inside = (low < x) & (x < high) if open_ends else (low <= x) & (x <= high)
             require(inside, f"{type(self).__name__}({field}=...): {allowed} for every token", x)
+        elif not is_number(x):
+            raise ValueError(f"{type(self).__name__}({field}={x!r}): {allowed}, a number or a tensor of one a token")
         elif not (low < x < high if open_ends else low <= x <= high):
             raise ValueError(f"{type(self).__name__}({field}={x!r}): {allowed}")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pocl_kernels.divergences import is_number
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -19,7 +21,7 @@ class Head:
         softcap: Gemma's soft cap, in units of the scaled logits; None for none.
 
     Raises:
-        ValueError: if the shapes do not fit or the softcap is not positive.
+        ValueError: if the shapes do not fit, the scale is no number or the softcap not positive.
     """
 
     weight: Tensor
@@ -40,7 +42,9 @@ class Head:
                 f"Head.bias must have shape ({self.weight.shape[0]},), one value a row of the weight, got "
                 f"{tuple(self.bias.shape)}"
             )
-        if self.softcap is not None and not self.softcap > 0:
+        if not is_number(self.scale):
+            raise ValueError(f"Head.scale={self.scale!r} must be one number; 1 for a head without one")
+        if self.softcap is not None and not (is_number(self.softcap) and self.softcap > 0):
             raise ValueError(f"Head.softcap={self.softcap!r} must be positive; pass None for a head without one")
 
     @property
