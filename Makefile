@@ -99,22 +99,12 @@ $(COMPAT)/.installed: Makefile
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPAT_PACKAGES)
 	@touch $@
 
-# A meaningful part of the tests, by every layer: losses, data, models, ranking, training, the command line.
-BOUNDS_TESTS := tests/kernels/test_laws.py tests/kernels/test_exactness.py tests/pocl/data tests/pocl/models/test_view.py \
-    tests/pocl/models/test_adapters.py tests/pocl/test_generation.py tests/pocl/teacher tests/pocl/difficulty \
-    tests/pocl/trainer/test_trainer.py tests/pocl/trainer/test_resume.py tests/pocl/test_cli.py
+PYTHONS ?= python3.11 python3.12 python3.13
 
-bounds: $(SETUP)  ## test with the oldest and the newest releases that pyproject.toml admits (10 GB of downloads, not in CI)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@for end in lowest-direct highest; do \
-	    folder=.venv-bounds-$$end; echo "$$end"; $(PYTHON) -m venv --clear $$folder && \
-	    $(BIN)/uv pip compile --quiet --python $$folder/bin/python --resolution $$end --extra train --extra dev \
-	        pyproject.toml -o $$folder/releases.txt && \
-	    $$folder/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r $$folder/releases.txt && \
-	    PYTHONPATH=kernels:. $$folder/bin/python -m pytest -q -p no:cacheprovider -W default --disable-warnings \
-	        $(BOUNDS_TESTS) $(ARGS) || exit 1; done
+bounds:  ## test with the oldest and newest releases that pyproject.toml admits, Python 3.11 to 3.13 (20 GB, not in CI)
+	$(PYTHON) -m benchmarks.bounds --pythons $(PYTHONS) $(ARGS)
 
-wheel-check: $(SETUP)  ## build the wheel, install it outside the checkout, and run its commands there
+wheel-check:  ## build the wheel, install it outside the checkout, and run its commands there (2 GB, not in CI)
 	$(PYTHON) -m benchmarks.wheel_check $(ARGS)
 
 test-browser: $(SETUP)  ## look at reports in a real browser, at the widths of a desk and a phone; needs chromium
@@ -127,5 +117,5 @@ bench-gpu: $(BENCH_SETUP)  ## run the benchmarks that need a GPU
 	PYTHONPATH=kernels:. $(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m gpu $(ARGS)
 
 clean:  ## remove the environment and all caches; runs stay
-	rm -rf $(VENV) $(COMPAT) .venv-bounds-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(COMPAT) .venv-bounds build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

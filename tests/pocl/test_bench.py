@@ -14,13 +14,14 @@ from .conftest import pocl
 BENCHMARK = """
 import argparse
 from benchmarks.measure_of_the_test import save_results
-parser = argparse.ArgumentParser()
-parser.add_argument("--size", type=int, required=True)
-parser.add_argument("--save", action="store_true")
-options = parser.parse_args()
-print("a table")
-if options.save:
-    save_results("toy", {f"size {options.size}": {"seconds": 1.5}})
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    print("a table")
+    if options.save:
+        save_results("toy", {f"size {options.size}": {"seconds": 1.5}})
 """
 
 
@@ -32,8 +33,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "site-packages" / "pocl" / "shipped" / "benchmarks"
     folder.mkdir(parents=True)
     (folder / "bench_toy.py").write_text(BENCHMARK)
-    (folder / "bench_silent.py").write_text("print('a table')")
-    (folder / "bench_poor.py").write_text("import a_package_that_nobody_has")
+    (folder / "bench_silent.py").write_text("__name__ == '__main__' and print('a table')")
+    (folder / "bench_poor.py").write_text("import a_package_that_nobody_has\nassert __name__ == '__main__'")
+    (folder / "bench_judged.py").write_text("from tests.kernels import cases\nassert __name__ == '__main__'")
+    (folder / "bench_of_pytest.py").write_text("def test_speed(): pass")
     shutil.copy(Path(bench.__file__).parents[1] / "benchmarks" / "measure.py", folder / "measure_of_the_test.py")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -72,6 +75,11 @@ def test_what_a_benchmark_cannot_do_is_told_in_words(installed: Path) -> None:
     for words, message in (
         (["silent", "--json"], "silent files no results, so it has no --json; those that do are toy"),
         (["poor"], "needs a_package_that_nobody_has, which is not installed: pip install 'pocl[bench]'"),
+        (
+            ["judged"],
+            "judged needs a checkout of pocl, whose tests or history it uses; an installed package has poor, ",
+        ),
+        (["of_pytest"], "there is no benchmark 'of_pytest'; there are poor, silent, toy"),
         (["none"], "there is no benchmark 'none'; there are poor, silent, toy"),
     ):
         result = pocl("bench", *words)
