@@ -29,18 +29,20 @@ ENDS = {"oldest": "lowest-direct", "newest": "highest"}
 # A part of every layer: losses, data, models, ranking, teachers, training, the command line.
 TESTS = (
     "tests/kernels/test_laws.py",
-    "tests/kernels/test_exactness.py",
     "tests/kernels/test_autograd.py",
-    "tests/kernels/test_parallel.py",
     "tests/pocl/data",
-    "tests/pocl/models",
+    "tests/pocl/models/test_adapters.py",
+    "tests/pocl/models/test_loading.py",
+    "tests/pocl/models/test_lora.py",
+    "tests/pocl/models/test_view.py",
     "tests/pocl/test_generation.py",
     "tests/pocl/teacher",
     "tests/pocl/difficulty",
-    "tests/pocl/trainer/test_trainer.py",
-    "tests/pocl/trainer/test_resume.py",
     "tests/pocl/trainer/test_distributed.py",
+    "tests/pocl/trainer/test_resume.py",
+    "tests/pocl/trainer/test_trainer.py",
     "tests/pocl/integrations",
+    "tests/pocl/pipeline/test_lora.py",
     "tests/pocl/test_cli.py",
 )
 
