@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pocl.pipeline.curricula import batch_size_of, staged_values
+from pocl.pipeline.curricula import batch_size_of, plain_settings
 from pocl.recipe import Recipe, RecipeError, build_recipe
 
 PLAIN = "plain"
@@ -121,6 +121,7 @@ def _arm(recipe: Recipe, name: str, own: Mapping[str, Any] | None, level: Mappin
     if recipe.compare.equal == "steps" and free:
         changes |= _equal_steps(recipe, base, changes, num_samples)
     values = recipe.model_dump(mode="json") | {"compare": {}}
+    values["curriculum"].pop("control")  # the arm plain is one
     words = [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
     try:
         made = build_recipe(values, words, origin=f"arm {name}")
@@ -134,25 +135,15 @@ def _arm(recipe: Recipe, name: str, own: Mapping[str, Any] | None, level: Mappin
 def _changes(name: str, recipe: Recipe, num_samples: int) -> dict[str, Any]:
     """What a named arm changes, as dotted keys."""
     steps = stage_steps(recipe, num_samples)
-
-    def mean(key: str) -> float:
-        pairs = zip(staged_values(recipe, key), steps, strict=True)
-        return round(math.fsum(value * count for value, count in pairs) / sum(steps), 6)
-
-    section = recipe.curriculum
-    flat = {"curriculum.temperature": staged_values(recipe, "temperature")[0], "curriculum.kd_ratio": mean("kd_ratio")}
+    plain = plain_settings(recipe, steps)
+    flat = {f"curriculum.{key}": plain[key] for key in ("temperature", "kd_ratio")}
     changes: dict[str, Any] = {}
     if recipe.compare.equal == "steps":
         changes |= {"curriculum.max_steps": steps, "curriculum.patience": None}
     if name == PLAIN:
-        changes |= flat | {"curriculum.kind": "constant"}
-        changes |= {
-            f"curriculum.{key}": mean(key) for key in ("skew", "learning_rate") if len(getattr(section, key)) > 1
-        }
-        changes |= {"curriculum.epochs": section.epochs[0]}
-        changes |= (
-            {"curriculum.max_steps": sum(steps)} if section.max_steps or "curriculum.max_steps" in changes else {}
-        )
+        counted = recipe.curriculum.max_steps or recipe.compare.equal == "steps"
+        free = {"patience"} if counted else {"patience", "max_steps"}  # as the recipe has them
+        changes |= {f"curriculum.{key}": value for key, value in plain.items() if key not in free}
     elif name in ("order", "restarts"):
         changes |= flat | ({"curriculum.kind": "whole"} if name == "restarts" else {})
     elif name in ("temperature", "ratio", "rising"):

@@ -214,7 +214,11 @@ def judge_start(folder: Path, recipe: Recipe, console: Any) -> Mapping[str, Mapp
 
     shared = shared_folder(folder, recipe)
     context = Context(recipe, shared, console)
-    models = {key: source for key, source in evaluated_models(context).items() if key != "student-final"}
+    models = {
+        key: source
+        for key, source in evaluated_models(context).items()
+        if key not in ("student-control", "student-final")
+    }
     found = score_models(context, models, context.examples("test"), shared / "judged")
     context.release()
     return found

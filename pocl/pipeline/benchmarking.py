@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SETTINGS = "settings.json"
-ALIASES = {"student": "student-final", "initial": "student-initial", "warmup": "student-warmup"}
+ALIASES = {
+    "student": "student-final",
+    "initial": "student-initial",
+    "warmup": "student-warmup",
+    "control": "student-control",
+}
 # What may be asked of a run that is done; every other setting made it what it is.
 FREE_DATA_KEYS = ("test", "test_split", "num_test")
 
@@ -64,8 +69,8 @@ def evaluate_run(
         data: file, folder or hub id with other questions; `data.test` of the recipe when it differs from the run's.
         split: the split of `data`, where it has several.
         name: what the scores are called; made of the data and the settings when left out.
-        models: of the run (`teacher`, `student-initial`, `student-warmup`, `student`), or folders and hub ids of others
-            that share its tokenizer; those that the run compares when left out.
+        models: of the run (`teacher`, `student-initial`, `student-warmup`, `student-control`, `student`), or folders
+            and hub ids of others that share its tokenizer; those that the run compares when left out.
         console: where progress is told; standard output when left out.
 
     Raises:

@@ -82,6 +82,38 @@ def _staged(recipe: Recipe, kind: str) -> Curriculum:
     return made
 
 
+def plain_settings(recipe: Recipe, steps: Sequence[int]) -> dict[str, Any]:
+    """The keys of the section `curriculum` for plain distillation: all samples in one stage, lowest temperature.
+
+    Args:
+        recipe: with the stages to compare with, whose values of other schedules are averaged over their steps.
+        steps: optimizer steps of each stage; plain distillation makes as many in all.
+    """
+    section = recipe.curriculum
+
+    def mean(key: str) -> float:
+        pairs = zip(staged_values(recipe, key), steps, strict=True)
+        return round(math.fsum(value * count for value, count in pairs) / sum(steps), 6)
+
+    scheduled = [key for key in ("skew", "learning_rate") if len(getattr(section, key)) > 1]
+    return {
+        "kind": "constant",
+        "temperature": staged_values(recipe, "temperature")[0],
+        **{key: mean(key) for key in ("kd_ratio", *scheduled)},
+        "epochs": section.epochs[0],
+        "max_steps": sum(steps),
+        "patience": None,
+    }
+
+
+def control_recipe(recipe: Recipe, steps: Sequence[int]) -> Recipe:
+    """The recipe of `curriculum.control`, for as many steps as the stages make together."""
+    section = recipe.curriculum
+    values = section.model_dump() | plain_settings(recipe, steps) | {"control": False}
+    ranking = recipe.ranking.model_copy(update={"refresh": "never"})
+    return recipe.model_copy(update={"curriculum": type(section).model_validate(values), "ranking": ranking})
+
+
 def batch_size_of(recipe: Recipe) -> int:
     """Samples of one optimizer step, over processes and accumulation."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pocl.pipeline.guess import num_parameters
 from pocl.pipeline.lora import num_trained
-from pocl.pipeline.steps import ADAPTATION, MODELS, TRAINING, WARMUP
+from pocl.pipeline.steps import ADAPTATION, CONTROL, MODELS, TRAINING, WARMUP
 from pocl.recipe import Recipe
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,7 +28,7 @@ def disk_needs(recipe: Recipe, pending: Collection[str]) -> dict[str, int] | Non
     """
     from pocl.models import adapter_base
 
-    if not {MODELS, ADAPTATION, WARMUP, TRAINING} & set(pending):
+    if not {MODELS, ADAPTATION, WARMUP, TRAINING, CONTROL} & set(pending):
         return {}
     student, teacher = num_parameters(recipe, student=True), num_parameters(recipe, student=False)
     if student is None or teacher is None:
@@ -38,17 +38,17 @@ def disk_needs(recipe: Recipe, pending: Collection[str]) -> dict[str, int] | Non
     own = recipe.student.model
     if own and Path(own).is_dir() and adapter_base(own):  # a student of which the adapter alone is trained
         return {}
-    copies = [step for step in (MODELS, WARMUP, TRAINING) if step in pending]
+    copies = [step for step in (MODELS, WARMUP, TRAINING, CONTROL) if step in pending]
     if not recipe.student.from_teacher:
         copies = [step for step in copies if step != MODELS]
     needs = {"students": student * len(copies)}
     if lora := recipe.student.lora:
-        whole = student if lora.merge and TRAINING in pending else 0
+        whole = student * len({TRAINING, CONTROL} & set(pending)) if lora.merge else 0
         student = BYTES["float32"] * (num_trained(recipe) or 0)
         needs["students"] = student * len(copies) + whole
     if ADAPTATION in pending:
         needs["adapted teacher"] = teacher
-    trained = [teacher] * (ADAPTATION in pending) + [student] * bool({WARMUP, TRAINING} & set(pending))
+    trained = [teacher] * (ADAPTATION in pending) + [student] * bool({WARMUP, TRAINING, CONTROL} & set(pending))
     needs["checkpoints"] = CHECKPOINT * AT_ONCE * max(trained, default=0)
     return {name: size for name, size in needs.items() if size}
 

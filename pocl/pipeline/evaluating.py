@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
 
 def evaluated_models(context: Context) -> dict[str, str]:
-    """The models to compare and where they lie: teacher, student before, after warm-up, after the stages."""
+    """The models to compare and where they lie: teacher, student before, after warm-up, control, after the stages."""
     found = {"teacher": context.teacher_source()} if context.recipe.evaluation.include_teacher else {}
     found["student-initial"] = context.student_source()
     if context.recipe.warmup.epochs:
         found["student-warmup"] = context.warm_student_source()
+    if context.recipe.curriculum.control:
+        found["student-control"] = str(context.path / "control" / "student")
     found["student-final"] = str(context.path / "student")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pocl.data.encoding import FORMAT
@@ -15,11 +16,11 @@ from pocl.pipeline.hub import RECORD, upload_student
 from pocl.pipeline.lora import lora_settings
 from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
 from pocl.pipeline.subsets import takes_ranking
-from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, train_curriculum, warm_up
+from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, train_control, train_curriculum, warm_up
 from pocl.recipe import Recipe
 
 MODELS, DATA, ADAPTATION, CACHE, WARMUP, RANKING = "models", "data", "adaptation", "teacher-cache", "warm-up", "ranking"
-TRAINING, EVALUATION, REPORT, UPLOAD = "training", "evaluation", "report", "upload"
+TRAINING, CONTROL, EVALUATION, REPORT, UPLOAD = "training", "control", "evaluation", "report", "upload"
 
 
 def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerprint) -> list[Step]:
@@ -33,6 +34,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
     values["student"].pop("lora")  # which matters where it is trained
     for name in ("save_every", "log_every", "dataloader_workers", "report_to"):  # leave the weights as they are
         values["training"].pop(name)
+    values["curriculum"].pop("control")  # a step of its own
     seed = {"seed": recipe.seed}
     data = recipe.data.model_dump(mode="json")
     student_content = recipe.student.model and content(recipe.student.model, recipe.student.revision)
@@ -148,6 +150,12 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             },
         ),
     ]
+    trained = [TRAINING]
+    if recipe.curriculum.control:
+        (training,) = (step for step in steps if step.name == TRAINING)
+        why = "A second student from the same start, by plain distillation for as many steps: what did the stages add?"
+        steps.append(replace(training, name=CONTROL, why=why, run=train_control, outputs=["control"]))
+        trained.append(CONTROL)
     if recipe.data.num_test:
         steps.append(
             Step(
@@ -155,7 +163,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 "All models on the questions set aside.",
                 evaluate_models,
                 outputs=["evaluation"],
-                needs=[*before, TRAINING],
+                needs=[*before, *trained],
                 settings=_part(values, "evaluation"),
             )
         )

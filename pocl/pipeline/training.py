@@ -15,7 +15,7 @@ from pocl.data.tables import arrow_column, slice_of
 from pocl.pipeline.card import write_card
 from pocl.pipeline.context import Context
 from pocl.pipeline.corpus import criteria_without_answers
-from pocl.pipeline.curricula import batch_size_of, curriculum_of, teacher_passes
+from pocl.pipeline.curricula import batch_size_of, control_recipe, curriculum_of, teacher_passes
 from pocl.pipeline.lora import merged_by
 from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
 from pocl.recipe import Recipe
@@ -217,11 +217,26 @@ def _mean(ranked: Dataset, part: int) -> float:
 
 def train_curriculum(context: Context) -> Mapping[str, Any]:
     """Train the student through the stages and save it with its tokenizer."""
+    return _train_stages(context, context.path / "training", context.path / "student")
+
+
+def train_control(context: Context) -> Mapping[str, Any]:
+    """Train the student of `curriculum.control`, from the same start for as many steps."""
+    recipe, rows = context.recipe, drawn_rows(context)
+    subsets = stored_subsets(context, rows)
+    steps = curriculum_of(recipe, subsets, batch_size_of(recipe)).stage_steps(subsets, batch_size_of(recipe))
+    plain = Context(control_recipe(recipe, steps), context.path, context.console)
+    plain.summaries = context.summaries
+    folder = context.path / "control"
+    return _train_stages(plain, folder, folder / "student")
+
+
+def _train_stages(context: Context, folder: Path, student: Path) -> Mapping[str, Any]:
+    """Train through the stages of the context's recipe in a folder, and save the student."""
     recipe = context.recipe
     rows = drawn_rows(context)
     subsets = stored_subsets(context, rows)
     curriculum = curriculum_of(recipe, subsets, batch_size_of(recipe))
-    folder = context.path / "training"
     trainer = _trainer(
         context,
         folder,
@@ -238,12 +253,12 @@ def train_curriculum(context: Context) -> Mapping[str, Any]:
         on_policy_replay=recipe.on_policy.replay,
     )
     trainer.train()
-    _save(trainer, context.path / "student", card=recipe, merged=merged_by(recipe))
+    _save(trainer, student, card=recipe, merged=merged_by(recipe))
     _remove_stages(folder)
     return {
         "stage_samples": [len(chosen) for chosen in curriculum.rows(subsets)],
         "stage_steps": list(curriculum.stage_steps(subsets, batch_size_of(recipe))),
-        "note": f"Student saved in {context.path / 'student'}",
+        "note": f"Student saved in {student}",
     }
 
 

@@ -207,6 +207,9 @@ class CurriculumSection(Section):
     """Whether a stage starts with a new optimizer."""
     schedule: Literal["restart", "continuous"] = "restart"
     """Whether every stage has a cosine of the learning rate for itself, or all share one."""
+    control: bool = False
+    """Also train a second student, `control/student`, by plain distillation from the same start for as many optimizer
+    steps, and judge it beside the other: what the stages added. It takes as long again as the stages."""
 
     @model_validator(mode="after")
     def _schedules_fit(self) -> CurriculumSection:
@@ -225,6 +228,10 @@ class CurriculumSection(Section):
                 raise ValueError(f"kind = 'constant' has a single stage: give {name} as one number, got {count}")
             if self.spacing == "geometric" and name in pairs and count == 2 and 0 in getattr(self, name):
                 raise ValueError(f"spacing = 'geometric' needs {name} above 0 at both ends, got {getattr(self, name)}")
+        if self.kind == "constant" and self.control:
+            raise ValueError(
+                "control: kind = 'constant' is plain distillation itself; leave control out, or set a kind"
+            )
         return self
 
 

@@ -91,7 +91,24 @@ def _summary(run: Run) -> str:
     before, after = run.results.get("student-initial"), run.results.get("student-final")
     if before and after and before.get("kl_to_teacher") and after.get("kl_to_teacher"):
         text += f"On {after['num_samples']} samples that the student never trained on, {_progress(before, after)}"
+    control = run.results.get("student-control")
+    if after and control and control.get("kl_to_teacher"):
+        text += f" {_added(control, after)}"
     return text
+
+
+def _added(control: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What the stages did that plain distillation for as many steps did not."""
+    text = f"Plain distillation from the same start, for as many steps, ends at {_number(control['kl_to_teacher'])}"
+    interval = difference(control, after, "kl_to_teacher")
+    if interval is None:
+        return f"{text}."
+    low, high = interval
+    if low <= 0 <= high:
+        return f"{text}: between the two, so many samples can show no difference."
+    side = "closer" if high < 0 else "farther away"
+    low, high = sorted((abs(low), abs(high)))
+    return f"{text}: the stages ended {_number(low)} to {_number(high)} nats {side} (95 % interval over samples)."
 
 
 def _progress(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -240,12 +257,13 @@ def _stages(run: Run, folder: Path, document: Document) -> None:
         ),
     )
     if run.validation:
-        draw_validation(run.validation, stages, folder / "validation.png")
+        draw_validation(run.validation, stages, folder / "validation.png", control=run.control)
         document.add(
             Picture(
                 "validation.png",
                 "Validation samples, measured before training (step 0) and while it went on. KL is at temperature 1 in "
-                "every stage, so that stages compare.",
+                "every stage, so that stages compare."
+                + (" Grey: plain distillation from the same start, for as many steps." if run.control else ""),
             )
         )
 

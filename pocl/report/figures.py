@@ -135,20 +135,31 @@ _VALIDATION = (
 )
 
 
-def draw_validation(lines: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_validation(
+    lines: Sequence[Mapping[str, Any]],
+    stages: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    control: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Cross-entropy, KL to the teacher and ROUGE-L of the validation samples at every evaluation, if measured.
 
     Args:
         lines: evaluation lines with `step` and `eval_cross_entropy`, `eval_kl_to_teacher` or `eval_rouge_l`.
         stages: as for `draw_stages`.
         path: PNG to write.
+        control: evaluation lines of plain distillation, drawn in grey.
     """
     kinds = [kind for kind in _VALIDATION if any(line.get(kind[0]) is not None for line in lines)]
     figure = _figure(9.6, 2.5 * len(kinds))
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (key, title, colour) in zip(axes, kinds, strict=True):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=4)
+        for drawn, shade, name in ((control, QUIET, "plain distillation"), (lines, colour, "in stages")):
+            points = [(line["step"], line[key]) for line in drawn if line.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=shade, linewidth=1.6, markersize=4, label=name)
+        if control:
+            axis.legend(frameon=False, fontsize=8, loc="lower left")
         axis.margins(y=0.3)
         _label(axis, title, "", "")
         _mark_stages(axis, stages, named=True)

@@ -14,6 +14,7 @@ MODEL_NAMES = {
     "teacher": "teacher",
     "student-initial": "student before",
     "student-warmup": "after warm-up",
+    "student-control": "plain, as many steps",
     "student-final": "after the stages",
 }
 SHOWN_SAMPLES = 5
@@ -43,6 +44,8 @@ class Run:
     """Training lines of the curriculum, one an entry of log.jsonl."""
     validation: Sequence[Mapping[str, Any]]
     """Its evaluation lines."""
+    control: Sequence[Mapping[str, Any]]
+    """Those of plain distillation for as many steps, if the run has it (`curriculum.control`)."""
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -65,7 +68,8 @@ class Run:
             benchmarks=_benchmarks(path / "evaluation"),
             warmup_log=[x for x in read_log(path / "warmup" / "log.jsonl") if "divergence" in x],
             log=[line for line in lines if "divergence" in line],
-            validation=[line for line in lines if "eval_cross_entropy" in line],
+            validation=_evaluations(lines),
+            control=_evaluations(read_log(path / "control" / "log.jsonl")),
         )
 
     @property
@@ -87,6 +91,10 @@ class Run:
         for stage in found:
             stage["num_samples"] = samples[stage["stage"]] if stage["stage"] < len(samples) else 0
         return found
+
+
+def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in lines if "eval_cross_entropy" in line]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

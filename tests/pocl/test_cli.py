@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pocl.cli import app
+from pocl.report.run import read_log
 
 STEPS = ["models", "data", "teacher-cache", "warm-up", "ranking", "training", "evaluation", "report"]
 
@@ -349,3 +350,28 @@ def test_a_benchmark_that_is_stopped_claims_nothing(monkeypatch: pytest.MonkeyPa
     result = pocl("bench", "loss")
     assert result.exit_code == 130
     assert "Nothing is kept of it; to start again:\n  pocl bench loss" in result.output
+
+
+def test_a_control_is_trained_as_long_from_the_same_start_and_judged_beside(
+    copied: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    student = (run / "student" / "model.safetensors").read_bytes()
+    result = copied("distill", "--curriculum.control", "true", "--change")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("done before") == STEPS.index("training") + 1
+    assert (run / "student" / "model.safetensors").read_bytes() == student
+    stages, control = (manifest(run)[name]["summary"]["stage_steps"] for name in ("training", "control"))
+    assert control == [sum(stages)]
+    first, last = (read_log(run / name / "log.jsonl") for name in ("training", "control"))
+    begun = [next(line for line in lines if "eval_kl_to_teacher" in line) for lines in (first, last)]
+    assert [line["step"] for line in begun] == [0, 0]
+    assert begun[0]["eval_kl_to_teacher"] == begun[1]["eval_kl_to_teacher"]  # the same student on the same samples
+    results = {file.stem: json.loads(file.read_text()) for file in (run / "evaluation").glob("*.json")}
+    assert results["student-control"]["kl_to_teacher"] not in (
+        results["student-final"]["kl_to_teacher"],
+        results["student-warmup"]["kl_to_teacher"],
+    )
+    text = (run / "report" / "report.md").read_text()
+    assert "| plain, as many steps |" in text
+    assert "Plain distillation from the same start, for as many steps, ends at" in text

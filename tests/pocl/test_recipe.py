@@ -78,6 +78,10 @@ def test_naming_a_student_replaces_the_cut_and_the_reverse() -> None:
         (["--curriculum.temperature", "[1, 2, 3]"], "temperature must have 1 or 2 or 4 numbers with 4 stages, got 3"),
         (["--curriculum.epochs", "[1, 2]"], "epochs must have 1 or 4 numbers with 4 stages, got 2"),
         (["--curriculum.kind", "constant"], "single stage: give temperature as one number"),
+        (
+            [f"--curriculum.{word}" for word in ("kind=constant", "temperature=1", "kd_ratio=1", "control=true")],
+            "curriculum: control: kind = 'constant' is plain distillation itself; leave control out",
+        ),
         (["--curriculum.kind", "baby"], "curriculum.kind: must be 'baby_step', 'constant'"),
         (["--data.num_train", "3"], "data.num_train = 3 samples cannot fill curriculum.num_stages = 4"),
         (["--data.max_length", "100"], "max_prompt_length must be below max_length = 100, got 256"),

@@ -37,7 +37,7 @@ def recipe(
         },
         "warmup": {"epochs": 1},
         "ranking": {"max_new_tokens": 4},
-        "curriculum": {"num_stages": 2, "epochs": 1, "learning_rate": 1e-2},
+        "curriculum": {"num_stages": 2, "epochs": 1, "learning_rate": 1e-2, "control": True},  # left out: plain is one
         "training": {"batch_size": 8, "metric": "kl_to_teacher", "draw": 24},
         "evaluation": {"max_new_tokens": 4},
     }
