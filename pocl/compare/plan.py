@@ -10,7 +10,9 @@ from pocl.compare.arms import Arm, build_arms
 from pocl.compare.cells import Cell, read_result
 from pocl.compare.run import claim, resolved
 from pocl.pipeline.curricula import batch_size_of
+from pocl.pipeline.steps import DATA
 from pocl.recipe import Recipe
+from pocl.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ def plan_comparison(
     Raises:
         ValueError: as `compare`, which would refuse the same.
     """
+    from pocl.data.corpus import is_corpus
     from pocl.pipeline.curricula import curriculum_of
     from pocl.pipeline.guess import num_parameters, seconds_per_step
+    from pocl.pipeline.plan import blocks_of
     from pocl.pipeline.prepare import split_examples
 
     recipe = resolved(recipe, seeds)
@@ -47,9 +51,15 @@ def plan_comparison(
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         claim(folder, recipe, write=False)
     train = split_examples(recipe)["train"]
-    count = recipe.training.draw or len(train)
-    if count > len(train):
-        raise ValueError(f"training.draw = {count}, but there are {len(train)} training samples; draw fewer")
+    if is_corpus(train.column_names):
+        there, texts = blocks_of(recipe, train)
+    else:
+        there = len(train)
+        texts = [prompt + response for prompt, response in zip(train["prompt"], train["response"], strict=True)]
+    there = RunFolder(folder / "shared" / "data").record(DATA).get("summary", {}).get("counts", {}).get("train", there)
+    count = recipe.training.draw or there
+    if count > there:
+        raise ValueError(f"training.draw = {count}, but there are {there} training samples; draw fewer")
     made = build_arms(recipe, count, arms)
     cells = [Cell(arm, seed) for seed in recipe.compare.seeds for arm in made]
     results = [result for cell in cells if (result := read_result(folder, cell)) is not None]
@@ -60,7 +70,6 @@ def plan_comparison(
     if results:
         seconds: float | None = sum(sum(result["seconds"].values()) for result in results) / len(results)
     else:
-        texts = [prompt + response for prompt, response in zip(train["prompt"], train["response"], strict=True)]
         step = seconds_per_step(recipe, texts, cached=recipe.teacher_cache.mode == "cached")
         seconds = None if step is None else step * steps * 1.3  # a third more to validate and to judge
     student = num_parameters(recipe, student=True)

@@ -70,7 +70,7 @@ def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan
             some = train.select(range(min(count, 1000)))
             texts = [prompt + response for prompt, response in zip(some["prompt"], some["response"], strict=True)]
             if is_corpus(train.column_names):
-                count, texts = _blocks(recipe, train)
+                count, texts = blocks_of(recipe, train)
             seconds = seconds_per_step(recipe, texts, cached=plans_cache(recipe))
     except ConnectionError:
         unread = "they are not on this machine, and a plan fetches nothing"
@@ -107,7 +107,7 @@ def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan
     )
 
 
-def _blocks(recipe: Recipe, train: Dataset) -> tuple[int, list[str]]:
+def blocks_of(recipe: Recipe, train: Dataset) -> tuple[int, list[str]]:
     """How many blocks the texts of a corpus make, a guess, and one of them."""
     size = int(recipe.data.max_length * CHARACTERS_PER_TOKEN)
     lengths = [len(text) for text in values_of(train, "text")]

@@ -234,3 +234,18 @@ def test_cells_of_another_recipe_are_refused(recipe: Path, tmp_path: Path, monke
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     assert "is not the folder of a comparison" in pocl("compare", recipe, "--output", tmp_path / "other", code=2)
+
+
+def test_arms_are_compared_on_texts_by_their_blocks(recipe: Path, tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"w{(7 * i + j) % 900}" for j in range(40))} for i in range(16)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data.source", tmp_path / "texts.jsonl", "--data.template", "auto", "--ranking.criteria=cross_entropy"]
+    words += ["--data.max_length=16", "--data.max_prompt_length=8", "--data.blocks=joined", "--warmup.epochs=0"]
+    words = ["compare", recipe, *words, "--data.num_test=2", "--data.num_validation=2", "--arms", "plain,order"]
+    planned = pocl(*words, "--seeds", "1", "--dry-run")  # more blocks are drawn than there are texts
+    assert "2 cells of 5 optimizer steps, 0 done" in planned
+    pocl(*words, "--seeds", "1")
+    results = json.loads((tmp_path / "comparison" / "results" / "order-1.json").read_text())
+    assert results["metrics"]["kl_to_teacher"] > 0
+    assert results["metrics"]["rouge_l"] is None
+    assert "2 cells of 5 optimizer steps, 2 done" in pocl(*words, "--seeds", "1", "--dry-run")
