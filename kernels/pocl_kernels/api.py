@@ -15,6 +15,7 @@ from pocl_kernels.arguments import (
     check_choices,
     check_models,
     check_numbers,
+    flat_vectors,
     flattened_labels,
     row_factors,
     run_time_numbers,
@@ -112,10 +113,10 @@ def fused_linear_divergence(
     check_backend(backend, student_hidden.device)
     mode, workspace_mb = mode_and_workspace(reduction, memory, workspace_mb, student_hidden, student_head, pair)
     shape, group_name = student_hidden.shape[:-1], "" if process_group is None else process_group.group_name
-    flat_labels = flattened_labels(labels, student_hidden, ignore_index, vocab_size)
-    row_scale, count = row_factors(student_hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
+    flat_labels, valid = flattened_labels(labels, student_hidden, ignore_index, vocab_size)
+    row_scale, count = row_factors(student_hidden, valid, token_weight, reduction, normalizer)
 
-    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    hidden = flat_vectors(student_hidden)
     of_teacher, teacher_scales = _constants_of(pair, sparse)
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
     scales = [student_head.scale, student_head.softcap or 0.0, *teacher_scales]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -89,11 +88,11 @@ def check_numbers(temperature: float | Tensor, ce_weight: float, labels: Tensor 
 
 def by_token(hidden: Tensor, temperature: float | Tensor, divergence: Divergence) -> tuple[Any, list[Any]]:
     """Temperature and the divergence's parameters, flat and all one a token if any is; detached."""
-    fields = [field.name for field in dataclasses.fields(divergence)]
-    given = dict(zip(("temperature", *fields), (temperature, *divergence.parameters()), strict=True))
+    parameters = divergence.parameters()
+    if not any(isinstance(x, Tensor) and x.dim() for x in (temperature, *parameters)):
+        return temperature, parameters
+    given = dict(zip(("temperature", *divergence.names()), (temperature, *parameters), strict=True))
     tensors = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.dim()}
-    if not tensors:
-        return temperature, list(given.values())[1:]
     for name, x in tensors.items():
         if x.shape != hidden.shape[:-1]:
             raise ValueError(
@@ -152,10 +151,12 @@ def check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name} on {tensor.device}, the hidden states on {hidden.device}: move both to one device")
 
 
-def flattened_labels(labels: Tensor | None, hidden: Tensor, ignore_index: int, vocab_size: int | None) -> Tensor | None:
-    """``[N]`` int64, each in the vocabulary or ignored."""
+def flattened_labels(
+    labels: Tensor | None, hidden: Tensor, ignore_index: int, vocab_size: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``[N]`` int64, each in the vocabulary or ignored; and which are not ignored."""
     if labels is None:
-        return None
+        return None, None
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels are a {type(labels).__name__}: they must be a tensor of token ids")
     shape = hidden.shape[:-1]
@@ -164,36 +165,35 @@ def flattened_labels(labels: Tensor | None, hidden: Tensor, ignore_index: int, v
     check_device("labels", labels, hidden)
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels are {labels.dtype}: they must be int64 or int32 token ids")
-    flat = labels.reshape(-1).to(torch.int64)
-    if vocab_size is None:  # no process alone knows the vocabulary: the backend checks
-        return flat
-    fits = ((flat == ignore_index) | ((flat >= 0) & (flat < vocab_size))).all()
+    flat = flat_rows(labels).to(torch.int64)
+    valid = flat != ignore_index
+    if vocab_size is None or not flat.shape[0]:  # no process alone knows the vocabulary: the backend checks
+        return flat, valid
     message = f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}"
+    low, high = torch.aminmax(torch.where(valid, flat, 0))
     if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not fits:
-            bad = flat[(flat != ignore_index) & ((flat < 0) | (flat >= vocab_size))]
+        if not (low.item() >= 0 and high.item() < vocab_size):
+            bad = flat[valid & ((flat < 0) | (flat >= vocab_size))]
             raise ValueError(f"{message}, got {bad[0].item()} ({bad.numel()} such)")
     else:
-        torch._assert_async(fits, message)  # checked on the device: no wait for the host
-    return flat
+        torch._assert_async((low >= 0) & (high < vocab_size), message)  # on the device: no wait for the host
+    return flat, valid
 
 
 def row_factors(
     hidden: Tensor,
-    labels: Tensor | None,
-    ignore_index: int,
+    valid: Tensor | None,
     token_weight: Tensor | None,
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Factor of each row's loss ``[N]``, 0 for ignored rows, and the number of valid rows."""
-    rows, shape = math.prod(hidden.shape[:-1]), hidden.shape[:-1]
-    dtype = compute_dtype(hidden)
-    if labels is None:
+    """Factor of each row's loss ``[N]``, 0 for ignored rows, and the number of ``valid`` rows; None: all are."""
+    shape = hidden.shape[:-1]
+    rows, dtype = math.prod(shape), compute_dtype(hidden)
+    if valid is None:
         count = torch.full((), rows, dtype=torch.int64, device=hidden.device)
         scale = torch.ones(rows, dtype=dtype, device=hidden.device)
     else:
-        valid = labels != ignore_index
         count, scale = valid.sum(), valid.to(dtype)
     if token_weight is not None:
         if not isinstance(token_weight, Tensor):
@@ -204,17 +204,23 @@ def row_factors(
         # An ignored row keeps weight 0 even if the caller's weight there is NaN.
         weight = token_weight.detach().reshape(-1).to(dtype)
         scale = torch.where(scale > 0, weight, scale)
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f'normalizer replaces the count under reduction="mean"; it has no meaning under "{reduction}"')
     if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f'normalizer replaces the count under reduction="mean"; it has no meaning under "{reduction}"'
+            )
         normalizer = checked_normalizer(normalizer, hidden)
-    if reduction == "mean":
-        known = normalizer is not None and (not isinstance(normalizer, Tensor) or normalizer.device.type == "cpu")
-        if known and count.device.type == "cpu" and not torch.compiler.is_compiling() and normalizer == 0 and count > 0:
-            raise ValueError(f"normalizer is 0, but {int(count)} tokens are valid here: pass the global batch's count")
-        # A batch without valid tokens has loss 0 and zero gradients.
-        scale = torch.where(scale == 0, scale, scale / (count if normalizer is None else normalizer))
-    return scale, count
+    if reduction != "mean":
+        return scale, count
+    # A batch without valid tokens has loss 0 and zero gradients.
+    if count.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(scale == 0, scale, scale / (count if normalizer is None else normalizer)), count
+    divisor = int(count) if normalizer is None else float(normalizer)
+    if int(count) == 0:
+        return scale, count
+    if divisor == 0:
+        raise ValueError(f"normalizer is 0, but {int(count)} tokens are valid here: pass the global batch's count")
+    return scale.div_(divisor), count
 
 
 def checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | Tensor:
@@ -235,6 +241,16 @@ def checked_normalizer(normalizer: float | Tensor, hidden: Tensor) -> float | Te
     elif not normalizer >= 0:
         raise ValueError(f"normalizer={normalizer.item()} must not be negative: the global batch's valid tokens")
     return normalizer
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """``[N]``, of a number a token."""
+    return x if x.dim() == 1 else x.reshape(-1)
+
+
+def flat_vectors(x: Tensor) -> Tensor:
+    """``[N, H]``, of a vector a token."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def run_time_numbers(values: Sequence[Any]) -> Tensor:

@@ -14,6 +14,7 @@ from pocl_kernels import operators
 from pocl_kernels.arguments import (
     check_choices,
     check_hidden,
+    flat_vectors,
     flattened_labels,
     row_factors,
     run_time_numbers,
@@ -79,8 +80,8 @@ def fused_linear_cross_entropy(
         raise ValueError("labels=None: a cross-entropy needs the labels, a tensor of token ids")
     # No process alone knows a vocabulary that several share.
     vocab_size = head.vocab_size if process_group is None else None
-    flat_labels = flattened_labels(labels, hidden, ignore_index, vocab_size)
-    row_scale, count = row_factors(hidden, flat_labels, ignore_index, token_weight, reduction, normalizer)
+    flat_labels, valid = flattened_labels(labels, hidden, ignore_index, vocab_size)
+    row_scale, count = row_factors(hidden, valid, token_weight, reduction, normalizer)
     group_name = "" if process_group is None else process_group.group_name
     choices = Choices("", backend, mode, group_name, autocast_products(hidden.device))
     numbers = run_time_numbers([1.0, 0.0, 1.0, label_smoothing, z_loss])
@@ -98,7 +99,7 @@ def fused_linear_cross_entropy(
         return Result(results, 1.0, 0.0, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = flat_vectors(hidden)
     with without_autocast(hidden.device):
         loss, figures = FusedLoss.apply(
             flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels, numbers

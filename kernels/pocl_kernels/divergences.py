@@ -61,6 +61,7 @@ class Divergence(abc.ABC):
 
     token: ClassVar[str]  # names the class in the arguments of the registered operators
     classes: ClassVar[dict[str, type[Divergence]]] = {}
+    _names: ClassVar[tuple[str, ...]]
     kl_weights: ClassVar[tuple[float, float] | None] = None
     """(a, b) where D = a KL(p, q) + b KL(q, p) for whatever parameters: D is then had in one pass over the vocabulary.
     """
@@ -73,17 +74,27 @@ class Divergence(abc.ABC):
         if "slope" in vars(cls) and "relative_slope" not in vars(cls):
             cls.relative_slope = Divergence.relative_slope  # type: ignore[method-assign]  # nor its difference
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of the fields."""
+        if torch.compiler.is_compiling():
+            return tuple(field.name for field in dataclasses.fields(cls))
+        if "_names" not in cls.__dict__:  # every call asks several times
+            cls._names = tuple(field.name for field in dataclasses.fields(cls))
+        return cls._names
+
     def parameters(self) -> list[Any]:
         """The values of the fields, numbers or tensors of one a token: the run-time parameters of the kernels.
 
         Raises:
             TypeError: for a field that is no number.
         """
-        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        for field, value in zip(dataclasses.fields(self), values, strict=True):
+        names = self.names()
+        values = [getattr(self, name) for name in names]
+        for name, value in zip(names, values, strict=True):
             if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
                 raise TypeError(
-                    f"{type(self).__name__}.{field.name} is {value!r}: the fields of a divergence are numbers, the "
+                    f"{type(self).__name__}.{name} is {value!r}: the fields of a divergence are numbers, the "
                     "run-time parameters of its kernels. Make anything else a class variable"
                 )
         return values
@@ -92,8 +103,8 @@ class Divergence(abc.ABC):
     def from_parameters(cls, values: Sequence[Any]) -> Self:
         """The instance that has these values in its fields, as they are: nothing is checked or changed."""
         made = object.__new__(cls)
-        for field, value in zip(dataclasses.fields(cls), values, strict=True):
-            object.__setattr__(made, field.name, value)
+        for name, value in zip(cls.names(), values, strict=True):
+            object.__setattr__(made, name, value)
         return made
 
     @abc.abstractmethod

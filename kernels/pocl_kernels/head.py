@@ -82,4 +82,6 @@ def gathered(head: Head) -> Head:
     Their gradients return to the shards as the mean over the processes, which is what DDP and FSDP make of it, and the
     gradient itself where all processes see the same tokens.
     """
+    if not (hasattr(head.weight, "full_tensor") or hasattr(head.bias, "full_tensor")):
+        return head
     return dataclasses.replace(head, weight=whole_tensor(head.weight), bias=whole_tensor(head.bias))

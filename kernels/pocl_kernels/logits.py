@@ -74,8 +74,8 @@ def fused_divergence(
     temperature, parameters = by_token(student_logits, temperature, divergence)
     check_choices(reduction, "auto", None)
     check_backend(backend, student_logits.device)
-    flat_labels = flattened_labels(labels, student_logits, ignore_index, vocab_size)
-    row_scale, count = row_factors(student_logits, flat_labels, ignore_index, token_weight, reduction, normalizer)
+    flat_labels, valid = flattened_labels(labels, student_logits, ignore_index, vocab_size)
+    row_scale, count = row_factors(student_logits, valid, token_weight, reduction, normalizer)
     wants_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
     if inplace:
