@@ -124,32 +124,33 @@ def fused_linear_divergence(
     choices = Choices(divergence.token, backend, mode, group_name, products)
     if sparse is not None:
         choices = choices._replace(tail=sparse.tail, vocab_size=str(vocab_size or ""))
-    numbers = run_time_numbers([temperature, factor, ce_weight, *parameters])
-    if numbers.dim() == 2:
+    numbers, changing = run_time_numbers([temperature, factor, ce_weight, *parameters])
+    by_row = changing is not None and changing.dim() == 2
+    if by_row:
         scales.append(ce_weight)
 
     def run(
         h: Tensor, w: Tensor, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
-        teacher, weight, bias, ids, log_probs, labels, numbers = constants
+        teacher, weight, bias, ids, log_probs, labels, changing = constants
         results, dh, dw, db, state = operators.linear_loss(
             Inputs(h, w, b, teacher, weight, bias, labels, scale, state, ids, log_probs),
-            numbers,
+            numbers if changing is None else changing,
             scales,
             workspace_mb,
             ignore_index,
             wanted,
             choices,
         )
-        own = factor if numbers.dim() == 1 else numbers[1].to(results.dtype)
+        own = changing[1].to(results.dtype) if by_row else factor
         return Result(results, own, ce_weight, (dh, dw, db), state)
 
     now = mode == "fast" and torch.is_grad_enabled()
     with without_autocast(hidden.device):
         loss, parts = FusedLoss.apply(
             hidden, student_head.weight, student_head.bias, row_scale, run, now, reduction != "none",
-            *of_teacher, flat_labels, numbers,
+            *of_teacher, flat_labels, changing,
         )  # fmt: skip
     return divergence_output(loss, parts, count, shape if reduction == "none" else None, labels is not None)
 

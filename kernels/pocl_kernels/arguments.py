@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 
 from pocl_kernels.divergences import Divergence, is_number, require
 from pocl_kernels.head import Head
-from pocl_kernels.plan import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 MEMORY_MODES = ("auto", "fast", "low")
@@ -170,14 +169,19 @@ def flattened_labels(
     if vocab_size is None or not flat.shape[0]:  # no process alone knows the vocabulary: the backend checks
         return flat, valid
     message = f"labels must be in [0, {vocab_size}) or ignore_index={ignore_index}"
-    low, high = torch.aminmax(torch.where(valid, flat, 0))
     if flat.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not (low.item() >= 0 and high.item() < vocab_size):
+        if not _inside(flat, vocab_size) and not _inside(torch.where(valid, flat, 0), vocab_size):
             bad = flat[valid & ((flat < 0) | (flat >= vocab_size))]
             raise ValueError(f"{message}, got {bad[0].item()} ({bad.numel()} such)")
-    else:
-        torch._assert_async((low >= 0) & (high < vocab_size), message)  # on the device: no wait for the host
+    else:  # on the device: no wait for the host
+        low, high = torch.aminmax(torch.where(valid, flat, 0))
+        torch._assert_async((low >= 0) & (high < vocab_size), message)
     return flat, valid
+
+
+def _inside(ids: Tensor, vocab_size: int) -> bool:
+    low, high = torch.aminmax(ids)
+    return low.item() >= 0 and high.item() < vocab_size
 
 
 def row_factors(
@@ -189,7 +193,7 @@ def row_factors(
 ) -> tuple[Tensor, Tensor]:
     """Factor of each row's loss ``[N]``, 0 for ignored rows, and the number of ``valid`` rows; None: all are."""
     shape = hidden.shape[:-1]
-    rows, dtype = math.prod(shape), compute_dtype(hidden)
+    rows, dtype = math.prod(shape), torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if valid is None:
         count = torch.full((), rows, dtype=torch.int64, device=hidden.device)
         scale = torch.ones(rows, dtype=dtype, device=hidden.device)
@@ -253,11 +257,15 @@ def flat_vectors(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def run_time_numbers(values: Sequence[Any]) -> Tensor:
-    """A float64 tensor of what a schedule may change: on the CPU, or where the inputs are with one a token."""
+def run_time_numbers(values: Sequence[Any]) -> tuple[list[float], Tensor | None]:
+    """What a schedule may change: numbers; else a float64 tensor, where they are one a token, ``[n, N]``, or variables
+    of a compiled graph.
+    """
     if isinstance(values[0], Tensor) and values[0].dim():
-        return torch.stack([x if isinstance(x, Tensor) and x.dim() else torch.full_like(values[0], x) for x in values])
+        return [], torch.stack(
+            [x if isinstance(x, Tensor) and x.dim() else torch.full_like(values[0], x) for x in values]
+        )
     if not torch.compiler.is_compiling():
-        return torch.tensor([float(x) for x in values], dtype=torch.float64)
+        return [float(x) for x in values], None
     # Of all ways to make a tensor of a number, only arithmetic keeps it a variable of the compiled graph.
-    return torch.stack([torch.zeros((), dtype=torch.float64) + x for x in values])
+    return [], torch.stack([torch.zeros((), dtype=torch.float64) + x for x in values])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pocl_kernels.plan import CROSS_ENTROPY, DIVERGENCE
-from pocl_kernels.scalar import weighted
 
 # (hidden, weight, bias, row_scale, wanted, state, constants) -> Result
 Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, list[bool], Tensor | None, Sequence[Any]], "Result"]
@@ -74,7 +73,7 @@ class FusedLoss(torch.autograd.Function):
         if result.overwritten:
             torch.autograd.graph.increment_version(hidden)
         ctx.ready = result.gradients if now and any(wanted) else None
-        parts = weighted(row_scale, result.results)  # a row without weight is no row, even where its loss is infinite
+        parts = result.results * row_scale
         if not total:
             loss = _mixed(parts, result)
         elif isinstance(result.factor, Tensor):
@@ -95,11 +94,14 @@ class FusedLoss(torch.autograd.Function):
             )
         # Raises where what was saved has changed since, the gradient over the logits too.
         inputs = [x for x in ctx.saved_tensors[:3] if x is not None] if differentiates or ctx.overwritten else []
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
             gradients = FusedLoss._gradients(ctx, upstream)
+        else:
+            with torch.no_grad():
+                gradients = FusedLoss._gradients(ctx, upstream)
         if differentiates:
             gradients = tuple(None if g is None else _Once.apply(g, upstream, *inputs) for g in gradients)
-        return (*gradients, *(None for _ in range(4 + len(ctx.frozen))))
+        return (*gradients, *[None] * (4 + len(ctx.frozen)))
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -84,16 +84,17 @@ def fused_linear_cross_entropy(
     row_scale, count = row_factors(hidden, valid, token_weight, reduction, normalizer)
     group_name = "" if process_group is None else process_group.group_name
     choices = Choices("", backend, mode, group_name, autocast_products(hidden.device))
-    numbers = run_time_numbers([1.0, 0.0, 1.0, label_smoothing, z_loss])
+    numbers, changing = run_time_numbers([1.0, 0.0, 1.0, label_smoothing, z_loss])
     scales = [head.scale, head.softcap or 0.0, 1.0, 0.0]
 
     def run(
         h: Tensor, w: Tensor | None, b: Tensor | None, scale: Tensor, wanted: list[bool], state: Tensor | None,
         constants: Sequence[Any],
     ) -> Result:  # fmt: skip
-        labels, numbers = constants
+        labels, changing = constants
         results, dh, dw, db, state = operators.linear_loss(
-            Inputs(h, w, b, None, None, None, labels, scale, state), numbers, scales, workspace_mb, ignore_index,
+            Inputs(h, w, b, None, None, None, labels, scale, state),
+            numbers if changing is None else changing, scales, workspace_mb, ignore_index,
             wanted, choices,
         )  # fmt: skip
         return Result(results, 1.0, 0.0, (dh, dw, db), state)
@@ -102,7 +103,15 @@ def fused_linear_cross_entropy(
     flat = flat_vectors(hidden)
     with without_autocast(hidden.device):
         loss, figures = FusedLoss.apply(
-            flat, head.weight, head.bias, row_scale, run, now, reduction != "none", flat_labels, numbers
+            flat,
+            head.weight,
+            head.bias,
+            row_scale,
+            run,
+            now,
+            reduction != "none",
+            flat_labels,
+            changing,
         )
     of = figures.unbind()
     if reduction == "none":

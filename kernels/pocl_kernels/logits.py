@@ -84,8 +84,10 @@ def fused_divergence(
     # would read and write them once more. A CPU can look whether it is 1. float16 must be rounded after a loss scale.
     later = reduction == "none" or student_logits.dtype == torch.float16 or is_triton(backend, student_logits.device)
     factor = (1.0 - ce_weight) * (temperature**2 if scale_by_temperature else 1.0)
-    numbers, scales = run_time_numbers([temperature, factor, ce_weight, *parameters]), [1.0, 0.0, 1.0, 0.0]
-    if numbers.dim() == 2:
+    numbers, changing = run_time_numbers([temperature, factor, ce_weight, *parameters])
+    scales = [1.0, 0.0, 1.0, 0.0]
+    by_row = changing is not None and changing.dim() == 2
+    if by_row:
         scales.append(ce_weight)
     group_name = "" if process_group is None else process_group.group_name
     mode = "low" if later else "fast"
@@ -94,19 +96,20 @@ def fused_divergence(
     def run(
         z: Tensor, w: None, b: None, scale: Tensor, wanted: list[bool], state: Tensor | None, constants: Sequence[Any],
     ) -> Result:  # fmt: skip
-        teacher, labels, numbers = constants
+        teacher, labels, changing = constants
         results, dz, _, _, state = operators.linear_loss(
-            Inputs(z, None, None, teacher, None, None, labels, scale, state), numbers, scales, 0.0, ignore_index,
+            Inputs(z, None, None, teacher, None, None, labels, scale, state),
+            numbers if changing is None else changing, scales, 0.0, ignore_index,
             wanted, choices,
         )  # fmt: skip
-        own = factor if numbers.dim() == 1 else numbers[1].to(results.dtype)
+        own = changing[1].to(results.dtype) if by_row else factor
         written = wanted[0] and inplace and dz is not None and dz.data_ptr() == z.data_ptr()
         return Result(results, own, ce_weight, (dz, None, None), state, written)
 
     with without_autocast(student_logits.device):
         loss, parts = FusedLoss.apply(
             student_logits, None, None, row_scale, run, wants_gradient and not later, reduction != "none",
-            teacher_logits.detach(), flat_labels, numbers,
+            teacher_logits.detach(), flat_labels, changing,
         )  # fmt: skip
     tokens = student_logits.shape[:-1] if reduction == "none" else None
     return divergence_output(loss, parts, count, tokens, labels is not None)

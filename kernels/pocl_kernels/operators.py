@@ -11,9 +11,10 @@ anew for every new value of a float.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from pocl_kernels.cpu import backend as cpu_backend
 from pocl_kernels.cpu import logits as cpu_logits
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.plan import RESULTS, STATE_ROWS, Gradients, Inputs, Plan, Rows
+
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+"""What a call may be given of, with nobody looking on."""
 
 
 class Choices(NamedTuple):
@@ -39,7 +43,7 @@ class Choices(NamedTuple):
 
 def linear_loss(
     inputs: Inputs,
-    numbers: Tensor,
+    numbers: Tensor | Sequence[float],
     heads: Sequence[float],
     workspace_mb: float,
     ignore_index: int,
@@ -51,12 +55,9 @@ def linear_loss(
     Nothing is dispatched where nobody looks on: an operator's way through the dispatcher costs a tenth of a
     millisecond, and it can return tensors alone, where :class:`Rows` may hold a gradient that is still to be made.
     """
-    tensors = (x for x in (*inputs, numbers) if x is not None)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
-    ):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not PLAIN.issuperset(map(type, inputs)):
+        if not isinstance(numbers, Tensor):
+            numbers = torch.tensor(numbers, dtype=torch.float64)
         return Rows(*operator(list(inputs), numbers, heads, workspace_mb, ignore_index, wanted, "\n".join(choices)))
     return _compute(inputs, numbers, heads, workspace_mb, ignore_index, wanted, choices, later=True)
 
@@ -77,12 +78,13 @@ def operator(
 ) -> list[Tensor]:  # results, gradients of hidden, weight, bias, state
     chosen = Choices(*choices.split("\n"))
     rows = _compute(_inputs(inputs), numbers, heads, workspace_mb, ignore_index, wanted, chosen, later=False)
+    rows = rows._replace(results=rows.results.contiguous())  # as the fake implementation says
     return [rows.results.new_empty(0) if x is None else x for x in rows]  # type: ignore[misc]
 
 
 def _compute(
     given: Inputs,
-    numbers: Tensor,
+    numbers: Tensor | Sequence[float],
     heads: Sequence[float],
     workspace_mb: float,
     ignore_index: int,
@@ -91,14 +93,29 @@ def _compute(
     *,
     later: bool,
 ) -> Rows:
-    temperature, divergence_factor, ce_weight, *parameters = (
-        numbers.tolist() if numbers.dim() == 1 else numbers.unbind()
-    )
-    if numbers.dim() == 2:
+    if isinstance(numbers, Tensor) and numbers.dim() == 2:
+        plan = _plan(numbers.unbind(), heads, workspace_mb, ignore_index, chosen, later)
+    else:
+        values = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        plan = _plan_of_numbers(tuple(values), tuple(heads), workspace_mb, ignore_index, chosen, later)
+    if given.student_weight is None:
+        return logits_module(chosen.backend, given.student_hidden.device).divergence(given, plan, Gradients(*wanted))
+    module = backend_module(chosen.backend, given.student_hidden.device)
+    function = module.linear_divergence if chosen.divergence else module.linear_cross_entropy
+    if chosen.tail:
+        function = module.linear_sparse
+    return function(given, plan, Gradients(*wanted))
+
+
+def _plan(
+    numbers: Sequence[Any], heads: Sequence[float], workspace_mb: float, ignore_index: int, chosen: Choices, later: bool
+) -> Plan:
+    temperature, divergence_factor, ce_weight, *parameters = numbers
+    if len(heads) > 4:
         ce_weight = heads[4]
     smoothing, z_loss = (0.0, 0.0) if chosen.divergence else parameters
     kind = Divergence.classes[chosen.divergence] if chosen.divergence else None
-    plan = Plan(
+    return Plan(
         divergence=None if kind is None else kind.from_parameters(parameters),
         temperature=temperature,
         divergence_factor=divergence_factor,
@@ -119,13 +136,9 @@ def _compute(
         tail=chosen.tail,
         vocab_size=int(chosen.vocab_size or 0),
     )
-    if given.student_weight is None:
-        return logits_module(chosen.backend, given.student_hidden.device).divergence(given, plan, Gradients(*wanted))
-    module = backend_module(chosen.backend, given.student_hidden.device)
-    function = module.linear_cross_entropy if kind is None else module.linear_divergence
-    if chosen.tail:
-        function = module.linear_sparse
-    return function(given, plan, Gradients(*wanted))
+
+
+_plan_of_numbers = functools.lru_cache(maxsize=256)(_plan)  # every call asks, and a schedule has many numbers
 
 
 @operator.register_fake

@@ -114,8 +114,8 @@ RESULTS = 5
 
 
 class Rows(NamedTuple):
-    """A backend's answer: per-row results ``[RESULTS, N]`` (0 for ignored rows) and the gradients of ``sum row_scale *
-    loss``.
+    """A backend's answer: per-row results ``[RESULTS, N]``, 0 for rows that are ignored or have no weight, and the
+    gradients of ``sum row_scale * loss``.
 
     Gradients have the compute dtype (float32, or float64 for float64 inputs), not the dtype of the inputs: the caller
     multiplies by the upstream gradient before rounding. None where they were not wanted. Under ``Plan.later`` that of
@@ -133,11 +133,14 @@ class Rows(NamedTuple):
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 if any of the tensors has it."""
-    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if double else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def counting_rows(labels: Tensor | None, ignore_index: int, row_scale: Tensor) -> Tensor:
     """Indices of the rows that are neither ignored nor without weight; waits for the device."""
-    counts = row_scale != 0
-    return torch.nonzero(counts if labels is None else counts & (labels != ignore_index)).squeeze(-1)
+    # By the labels too: on the way back the weights are times an upstream gradient, which may be NaN.
+    counts = row_scale if labels is None else (labels != ignore_index).logical_and_(row_scale)
+    return torch.nonzero(counts).squeeze(-1)

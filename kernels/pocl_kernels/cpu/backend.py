@@ -11,18 +11,21 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocl_kernels import parallel
+from pocl_kernels.chunks import Chunks, taken, within
+from pocl_kernels.chunks import Rows as Taken
 from pocl_kernels.cpu import compiler, memory
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.eager import rows as eager
 from pocl_kernels.eager.sparse import sparse_rows
-from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows, counting_rows
+from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.scalar import Program, trace
 from pocl_kernels.targets import targets_of
 
@@ -31,6 +34,8 @@ LOGITS_SHARE = 0.97  # of the workspace; the rest is for slices in the making, r
 SCRATCH_BLOCK = 1024  # entries a block in prelude.h
 PROJECTION_ROWS = 2048  # vocabulary rows of a slice: with 128 rows of hidden states 1 MB, in the L2 cache
 SLICE_ROWS = 4096  # vocabulary rows of a head that are upcast at a time
+NONE = Gradients(False, False, False)
+INTEGER, POINTER, FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
 def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
@@ -41,32 +46,31 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     assert inputs.student_weight is not None
     assert inputs.teacher_hidden is not None
     assert inputs.teacher_weight is not None
-    none = Gradients(False, False, False)
-    student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
-    teacher = _Projection(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, V, dtype, none)
     labels, row_scale = inputs.labels, inputs.row_scale
-    rows = counting_rows(labels, plan.ignore_index, row_scale)
-    results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
+    chunks = Chunks(labels, row_scale, plan.ignore_index, by_weight=True)
+    student = _Projection(
+        inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, whole=chunks.all
+    )
+    teacher = _Projection(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, V, dtype, NONE)
     group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
     kernel = divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
-    share = V if group is None else group.largest
-    student_rows, teacher_rows = chunk_rows(len(rows), share * dtype.itemsize, plan.workspace_mb)
-    for index in _split(rows, student_rows):
-        zs = student.project(index)
-        out = torch.empty(len(index), RESULTS, dtype=dtype)
-        scale = row_scale.index_select(0, index).to(dtype)
-        for first in range(0, len(index), teacher_rows):
-            part = slice(first, first + teacher_rows)
-            chunk_labels = None if labels is None else labels.index_select(0, index[part])
-            zt = teacher.project(index[part])
-            own = plan.at(index[part])
-            kernel(zs[part], zt, student.bias, teacher.bias, chunk_labels, scale[part], own, any(wanted), out[part])
-        results.index_copy_(0, index, out)
-        if any(wanted):
-            student.accumulate(index, zs)
+    share, want_grad = V if group is None else group.largest, any(wanted)
+    student_rows, teacher_rows = chunk_rows(chunks.count, share * dtype.itemsize, plan.workspace_mb)
+    results = torch.empty(chunks.count, RESULTS, dtype=dtype)
+    scale, plan = chunks.gather(row_scale).to(dtype), plan.at(chunks.index)
+    for rows, among in chunks.of(student_rows):
+        zs = student.project(rows)
+        for piece, part in chunks.of(teacher_rows, among):
+            own = None if chunks.labels is None else within(chunks.labels, part)
+            kernel(
+                within(zs, slice(part.start - among.start, part.stop - among.start)), teacher.project(piece),
+                student.bias, teacher.bias, own, within(scale, part), plan.at(part), want_grad, within(results, part),
+            )  # fmt: skip
+        if want_grad:
+            student.accumulate(rows, zs)
     if group is not None and student.grad_hidden is not None:
         group.sum(student.grad_hidden)
-    return Rows(results.T.contiguous(), *student.gradients())
+    return Rows(chunks.report(results.T), *student.gradients())
 
 
 def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
@@ -74,66 +78,74 @@ def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     V, dtype, labels, row_scale = inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
     assert inputs.student_weight is not None
     assert labels is not None
-    student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
-    results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
+    chunks = Chunks(labels, row_scale, plan.ignore_index, by_weight=True)
+    student = _Projection(
+        inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, whole=chunks.all
+    )
+    assert chunks.labels is not None
+    results = torch.zeros(chunks.count, RESULTS, dtype=dtype)
     group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
     kernel = _cross_entropy_kernel(dtype) if group is None else partial(eager.cross_entropy_rows, group=group)
-    rows = counting_rows(labels, plan.ignore_index, row_scale)
     share = V if group is None else group.largest
-    size = evened(len(rows), int(LOGITS_SHARE * plan.workspace_mb * 2**20 / (share * dtype.itemsize)))
-    for index in _split(rows, size):
-        z = student.project(index)
-        out = torch.zeros(len(index), RESULTS, dtype=dtype)
-        chunk_scale = row_scale.index_select(0, index).to(dtype)
-        picked = labels.index_select(0, index)
-        kernel(z, student.bias, picked, chunk_scale, plan, any(wanted), out)
-        results.index_copy_(0, index, out)
+    scale = chunks.gather(row_scale).to(dtype)
+    size = evened(chunks.count, rows_within(plan.workspace_mb, share * dtype.itemsize))
+    for rows, part in chunks.of(size):
+        z = student.project(rows)
+        kernel(z, student.bias, chunks.labels[part], scale[part], plan, any(wanted), results[part])
         if any(wanted):
-            student.accumulate(index, z)
+            student.accumulate(rows, z)
     if group is not None and student.grad_hidden is not None:
         group.sum(student.grad_hidden)
-    return Rows(results.T.contiguous(), *student.gradients())
+    return Rows(chunks.report(results.T), *student.gradients())
 
 
 def linear_sparse(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     """As :func:`linear_divergence`, of a sparse teacher: a cross-entropy's three products and its memory."""
     V, dtype, labels, row_scale = plan.vocab_size or inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
     assert inputs.student_weight is not None
-    student = _Projection(inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted)
-    results = torch.zeros(len(row_scale), RESULTS, dtype=dtype)
+    chunks = Chunks(labels, row_scale, plan.ignore_index, by_weight=True)
+    student = _Projection(
+        inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, whole=chunks.all
+    )
     group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
-    rows = counting_rows(labels, plan.ignore_index, row_scale)
-    targets = targets_of(inputs, plan.at(rows), rows, V if group is None else group.total)
+    plan, scale = plan.at(chunks.index), chunks.gather(row_scale).to(dtype)
+    targets = targets_of(inputs, plan, chunks.index, V if group is None else group.total)
     share = V if group is None else group.largest
-    size = evened(len(rows), int(LOGITS_SHARE * plan.workspace_mb * 2**20 / (share * dtype.itemsize)))
-    done = 0
-    for index in _split(rows, size):
-        z = student.project(index)
-        out = torch.empty(len(index), RESULTS, dtype=dtype)
-        scale = row_scale.index_select(0, index).to(dtype)
-        picked = None if labels is None else labels.index_select(0, index)
-        chosen = targets.at(slice(done, done + len(index)))
-        sparse_rows(z, student.bias, chosen, picked, scale, plan.at(index), any(wanted), out, group)
-        results.index_copy_(0, index, out)
+    results = torch.empty(chunks.count, RESULTS, dtype=dtype)
+    for rows, part in chunks.of(evened(chunks.count, rows_within(plan.workspace_mb, share * dtype.itemsize))):
+        z = student.project(rows)
+        own = None if chunks.labels is None else chunks.labels[part]
+        sparse_rows(
+            z, student.bias, targets.at(part), own, scale[part], plan.at(part), any(wanted), results[part], group
+        )
         if any(wanted):
-            student.accumulate(index, z)
-        done += len(index)
+            student.accumulate(rows, z)
     if group is not None and student.grad_hidden is not None:
         group.sum(student.grad_hidden)
-    return Rows(results.T.contiguous(), *student.gradients())
+    return Rows(chunks.report(results.T), *student.gradients())
 
 
 class _Projection:
     """One head applied to chunks of rows, and the gradients that flow back through it."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, V: int, dtype: torch.dtype, wanted: Gradients
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        V: int,
+        dtype: torch.dtype,
+        wanted: Gradients,
+        *,
+        whole: bool = False,  # every row will be taken
     ) -> None:
         self.hidden, self.weight, self.dtype, self.V, self.wanted = hidden, weight, dtype, V, wanted
         self.bias = None if bias is None else bias[:V].to(dtype).contiguous()
         self._buffer: Tensor | None = None
-        self._chunk_hidden: Tensor | None = None
-        self.grad_hidden = torch.zeros(hidden.shape, dtype=dtype) if wanted.hidden else None
+        self._chunk_hidden = hidden
+        self.grad_hidden: Tensor | None = None
+        if wanted.hidden:
+            self.grad_hidden = (torch.empty if whole else torch.zeros)(hidden.shape, dtype=dtype)
         # Rows beyond the shared vocabulary get no gradient; the rest is written by the first chunk (mm, not addmm).
         self.grad_weight = memory.empty(weight.shape, dtype) if wanted.weight else None
         self.grad_bias = torch.zeros(weight.shape[0], dtype=dtype) if wanted.bias else None
@@ -142,38 +154,46 @@ class _Projection:
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
         """The head in the compute dtype: itself, or upcast a slice at a time."""
         if self.weight.dtype == self.dtype:
-            yield slice(0, self.V), self.weight[: self.V]
+            part = slice(0, self.V)
+            yield part, within(self.weight, part)
             return
         for first in range(0, self.V, SLICE_ROWS):
             part = slice(first, min(first + SLICE_ROWS, self.V))
             yield part, self.weight[part].to(self.dtype)
 
-    def project(self, index: Tensor) -> Tensor:
-        """``hidden[index] @ weight.T`` into the reused buffer: ``[len(index), V]``."""
+    def project(self, rows: Taken) -> Tensor:
+        """``hidden[rows] @ weight.T`` into the reused buffer: ``[n, V]``."""
+        self._chunk_hidden = taken(self.hidden, rows).to(self.dtype)
+        n = self._chunk_hidden.shape[0]
         if self._buffer is None:  # the first chunk is the largest
-            self._buffer = memory.empty((len(index), self.V), self.dtype)
-        z = self._buffer[: len(index)]
-        self._chunk_hidden = self.hidden.index_select(0, index).to(self.dtype)
+            self._buffer = memory.empty((n, self.V), self.dtype)
+        z = within(self._buffer, slice(0, n))
         # weight @ hidden.T by slices, then transposed from cache: a quarter faster than hidden @ weight.T, for which
         # the library repacks the whole weight, and no slower for short chunks (benchmarks/NOTES.md).
         hidden = self._chunk_hidden.T.contiguous()
-        tile = torch.empty(PROJECTION_ROWS, len(index), dtype=self.dtype)
+        tile = torch.empty(min(PROJECTION_ROWS, self.V), n, dtype=self.dtype)
         for first in range(0, self.V, PROJECTION_ROWS):
             part = slice(first, min(first + PROJECTION_ROWS, self.V))
-            product = torch.mm(self.weight[part].to(self.dtype), hidden, out=tile[: part.stop - first])
-            z[:, part] = product.T
+            weight = within(self.weight, part).to(self.dtype)
+            product = torch.mm(weight, hidden, out=within(tile, slice(0, part.stop - first)))
+            (z if part.stop - first == self.V else z[:, part]).copy_(product.T)
         return z
 
-    def accumulate(self, index: Tensor, gradient: Tensor) -> None:
-        """Add one chunk's share to the gradients; ``gradient`` is that of the projection, ``[len(index), V]``."""
-        assert self._chunk_hidden is not None
+    def accumulate(self, rows: Taken, gradient: Tensor) -> None:
+        """Add one chunk's share to the gradients; ``gradient`` is that of the projection, ``[n, V]``."""
         if self.grad_hidden is not None:
-            dh = torch.zeros_like(self._chunk_hidden)
+            dh = within(self.grad_hidden, rows) if isinstance(rows, slice) else torch.empty_like(self._chunk_hidden)
             for part, weight in self._slices():
-                dh.addmm_(gradient[:, part], weight)
-            self.grad_hidden.index_copy_(0, index, dh)
+                if part.stop - part.start == self.V:
+                    torch.mm(gradient, weight, out=dh)
+                elif part.start == 0:
+                    torch.mm(gradient[:, part], weight, out=dh)
+                else:
+                    dh.addmm_(gradient[:, part], weight)
+            if not isinstance(rows, slice):
+                self.grad_hidden.index_copy_(0, rows, dh)
         if self.grad_weight is not None:
-            target = self.grad_weight[: self.V]
+            target = within(self.grad_weight, slice(0, self.V))
             if self._first:
                 torch.mm(gradient.T, self._chunk_hidden, out=target)
             else:
@@ -183,7 +203,7 @@ class _Projection:
         self._first = False
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if self.grad_weight is not None:
+        if self.grad_weight is not None and (self._first or self.grad_weight.shape[0] > self.V):
             self.grad_weight[0 if self._first else self.V :].zero_()
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
@@ -194,14 +214,14 @@ def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int
     A chunk of the student's reads its head twice and reads and writes the weight's gradient, one of the teacher's
     reads a head once: four to one, so the sum of all traffic is least where the student's chunk is twice as long.
     """
-    most = int(LOGITS_SHARE * workspace_mb * 2**20 / row_bytes)
+    most = rows_within(workspace_mb, row_bytes)
     student = evened(rows, most * 2 // 3)
     return student, evened(student, most - student)
 
 
-def _split(rows: Tensor, size: int) -> Sequence[Tensor]:
-    """``rows`` in chunks, none of them empty: of no rows there are no chunks."""
-    return rows.split(size) if len(rows) else ()
+def rows_within(workspace_mb: float, row_bytes: int) -> int:
+    """Rows of logits that the workspace holds."""
+    return int(LOGITS_SHARE * workspace_mb * 2**20 / row_bytes)
 
 
 def evened(rows: int, most: int) -> int:
@@ -235,73 +255,75 @@ def divergence_kernel(plan: Plan, dtype: torch.dtype) -> Callable[..., None]:
     """
     assert plan.divergence is not None
     program, source = _program(type(plan.divergence))
-    function = compiler.load(source, "divergence_rows") if dtype == torch.float32 else None
-    if function is None:
+    native: Any = compiler.load(source, "divergence_rows") if dtype == torch.float32 else None
+    if native is None:
         return eager.divergence_rows
-    native = function
-    shared = None if plan.by_token else _numbers_of(plan, program)
+    native.argtypes = [*[INTEGER] * 3, *[POINTER] * 4, INTEGER, *[POINTER] * 2, *[FLOAT] * 4, *[POINTER] * 4, FLOAT,
+                       POINTER, *[INTEGER] * 2, *[POINTER] * 2, ctypes.c_int]  # fmt: skip
+    return partial(_divergence_rows, native, program)
 
-    def run(
-        zs: Tensor,
-        zt: Tensor,
-        bias_s: Tensor | None,
-        bias_t: Tensor | None,
-        labels: Tensor | None,
-        row_scale: Tensor,
-        plan: Plan,
-        want_grad: bool,
-        out: Tensor,
-        gradient: Tensor | None = None,
-        places: Tensor | None = None,
-    ) -> None:
-        V = min(zs.shape[-1], zt.shape[-1])
-        threads = min(torch.get_num_threads(), len(out))
-        scratch = torch.empty(threads, 2 * V + 2 * -(-V // SCRATCH_BLOCK))
-        rate, coefficient, uniforms = _numbers_of(plan, program) if shared is None else shared
-        arguments = (
-            ctypes.c_int64(V),
-            _first_entry(zs),
-            _first_entry(zt),
-            _first_entry(zs if gradient is None else gradient),
-            _pointer(places),
-            ctypes.c_int64(len(out)),
-            _pointer(bias_s),
-            _pointer(bias_t),
-            ctypes.c_float(plan.student_scale),
-            ctypes.c_float(plan.student_softcap or 0.0),
-            ctypes.c_float(plan.teacher_scale),
-            ctypes.c_float(plan.teacher_softcap or 0.0),
-            _pointer(labels),
-            _pointer(row_scale),
-            _pointer(rate),
-            _pointer(coefficient),
-            ctypes.c_float(plan.ce_weight),
-            _pointer(uniforms),
-            ctypes.c_int64(uniforms.shape[1]),
-            ctypes.c_int64(plan.by_token),
-        )
-        own = [(_pointer(s), _pointer(out), ctypes.c_int(want_grad)) for s in scratch]
-        _parallel(native, len(out), arguments, own)
 
-    return run
+def _divergence_rows(
+    native: Any,
+    program: Program,
+    zs: Tensor,
+    zt: Tensor,
+    bias_s: Tensor | None,
+    bias_t: Tensor | None,
+    labels: Tensor | None,
+    row_scale: Tensor,
+    plan: Plan,
+    want_grad: bool,
+    out: Tensor,
+    gradient: Tensor | None = None,
+    places: Tensor | None = None,
+) -> None:
+    V, n = min(zs.shape[-1], zt.shape[-1]), out.shape[0]
+    threads = min(torch.get_num_threads(), n)
+    row = 2 * V + 2 * -(-V // SCRATCH_BLOCK)
+    scratch = torch.empty(threads * row)
+    rate, coefficient, uniforms = _numbers_of(plan, program)
+    arguments = (
+        V, zs.data_ptr(), zt.data_ptr(), (zs if gradient is None else gradient).data_ptr(), _pointer(places), n,
+        _pointer(bias_s), _pointer(bias_t), plan.student_scale, plan.student_softcap or 0.0, plan.teacher_scale,
+        plan.teacher_softcap or 0.0, _pointer(labels), _pointer(row_scale), _pointer(rate), _pointer(coefficient),
+        plan.ce_weight, _pointer(uniforms), uniforms.shape[1], plan.by_token,
+    )  # fmt: skip
+    first = scratch.data_ptr()
+    own = [(first + 4 * row * thread, out.data_ptr(), want_grad) for thread in range(threads)]
+    _parallel(native, n, arguments, own)
 
 
 def _numbers_of(plan: Plan, program: Program) -> tuple[Tensor, Tensor, Tensor]:
     """1 / T, the slopes' coefficient and the uniforms ``[n, U]`` as the kernel takes them; n is 1: for all rows."""
     assert plan.divergence is not None
-    n = len(plan.temperature) if plan.by_token else 1
-    values = program.uniform_values(plan.divergence.parameters())
-    numbers = (1.0 / plan.temperature, plan.slope_coefficient, *values)
+    parameters = plan.divergence.parameters()
+    if not plan.by_token:
+        return _shared_numbers(type(plan.divergence), plan.temperature, plan.divergence_factor, *parameters)
+    values = program.uniform_values(parameters)
+    return _as_table((1.0 / plan.temperature, plan.slope_coefficient, *values), len(plan.temperature))
+
+
+@lru_cache(maxsize=256)  # every chunk asks, and a schedule has many numbers
+def _shared_numbers(kind: type[Divergence], temperature: float, factor: float, *parameters: float) -> Any:
+    values = _program(kind)[0].uniform_values(parameters)
+    return _as_table((1.0 / temperature, factor / temperature, *values), 1)
+
+
+def _as_table(numbers: Sequence[Any], n: int) -> tuple[Tensor, Tensor, Tensor]:
     rate, coefficient, *uniforms = (torch.as_tensor(x, dtype=torch.float64).float().expand(n) for x in numbers)
     table = torch.stack(uniforms, 1) if uniforms else torch.empty(n, 0)
     return rate.contiguous(), coefficient.contiguous(), table
 
 
 def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
-    function = compiler.load(compiler.cross_entropy_source(), "cross_entropy_rows") if dtype == torch.float32 else None
-    if function is None:
+    native: Any = None
+    if dtype == torch.float32:
+        native = compiler.load(compiler.cross_entropy_source(), "cross_entropy_rows")
+    if native is None:
         return eager.cross_entropy_rows
-    native = function
+    native.argtypes = [*[INTEGER] * 3, *[POINTER] * 2, *[FLOAT] * 2, *[POINTER] * 2, *[FLOAT] * 2, POINTER,
+                       ctypes.c_int]  # fmt: skip
 
     def run(
         z: Tensor,
@@ -312,31 +334,19 @@ def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
         want_grad: bool,
         out: Tensor,
     ) -> None:
+        n, V = z.shape
         arguments = (
-            ctypes.c_int64(z.shape[1]),
-            _pointer(z),
-            _pointer(bias),
-            ctypes.c_float(plan.student_scale),
-            ctypes.c_float(plan.student_softcap or 0.0),
-            _pointer(labels),
-            _pointer(row_scale),
-            ctypes.c_float(plan.label_smoothing),
-            ctypes.c_float(plan.z_loss),
-            _pointer(out),
-            ctypes.c_int(want_grad),
-        )
-        _parallel(native, z.shape[0], arguments, [()] * min(torch.get_num_threads(), z.shape[0]))
+            V, z.data_ptr(), _pointer(bias), plan.student_scale, plan.student_softcap or 0.0, _pointer(labels),
+            _pointer(row_scale), plan.label_smoothing, plan.z_loss, _pointer(out), want_grad,
+        )  # fmt: skip
+        _parallel(native, n, arguments, [()] * min(torch.get_num_threads(), n))
 
     return run
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+def _pointer(tensor: Tensor | None) -> int | None:
     assert tensor is None or tensor.is_contiguous()
-    return ctypes.c_void_p(None) if tensor is None else _first_entry(tensor)
-
-
-def _first_entry(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _parallel(
@@ -347,11 +357,11 @@ def _parallel(
     ``own`` holds the last arguments, one tuple a thread.
     """
     threads = len(own)
+    if threads == 1:
+        function(0, rows, *arguments, *own[0])
+        return
     bounds = [rows * i // threads for i in range(threads + 1)]
-    calls = [
-        (ctypes.c_int64(first), ctypes.c_int64(last), *arguments, *mine)
-        for (first, last), mine in zip(pairwise(bounds), own, strict=True)
-    ]
+    calls = [(*share, *arguments, *mine) for share, mine in zip(pairwise(bounds), own, strict=True)]
     waiting = [_pool(threads).submit(function, *call) for call in calls[1:]]
     function(*calls[0])
     for task in waiting:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pocl_kernels.chunks import Chunks
 from pocl_kernels.eager import rows as eager
 from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.triton_backend import cross_entropy_rows, divergence_rows, launch, low, steps
-from pocl_kernels.triton_backend.chunks import Chunks, allocated, on_device, scaled_weights
+from pocl_kernels.triton_backend.chunks import allocated, on_device, scaled_weights
 from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.projection import Grads, Projection
 from pocl_kernels.triton_backend.steps import NO_GRADIENTS, Task, Tile
@@ -57,7 +58,7 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
             results, gradients = low.at_once(student, teacher, chunks, scale, task, plan.workspace_mb, group)
         else:
             results, gradients = _fast(student, teacher, chunks, scale, task, plan)
-        return Rows(chunks.scatter(results, 1), *gradients)
+        return Rows(chunks.report(results), *gradients)
 
 
 def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
@@ -78,7 +79,7 @@ def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
             results, gradients = low.at_once(student, None, chunks, row_scale, task, plan.workspace_mb, group)
         else:
             results, gradients = _fast(student, None, chunks, row_scale, task, plan)
-        return Rows(chunks.scatter(results, 1), *gradients)
+        return Rows(chunks.report(results), *gradients)
 
 
 def _low(
@@ -96,7 +97,7 @@ def _low(
         results, states = low.forward(student, teacher, chunks, task, workspace_mb, group)
     else:
         states = chunks.gather(state, 1)
-    results = chunks.scatter(results, 1)
+    results = chunks.report(results)
     if not any(student.wanted):
         return Rows(results, None, None, None, chunks.scatter(states, 1))
     return Rows(results, *low.backward(student, teacher, chunks, row_scale, states, task, workspace_mb, group))

@@ -1,61 +1,19 @@
-"""Which rows count, and the memory for a chunk of them."""
+"""The memory for a chunk of rows, and their weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pocl_kernels.plan import counting_rows
 from pocl_kernels.triton_backend.layout import MIB, Layout, fast_layout
-from pocl_kernels.triton_backend.projection import Projection, Rows
+from pocl_kernels.triton_backend.projection import Projection
 
 LEAST_WORKSPACE = 16 * MIB  # below, memory is too short for anything
-
-
-class Chunks:
-    """The rows that count, compacted, a chunk at a time.
-
-    Waits once for the device if there are labels: how many rows count shapes the chunks. Without labels all count, and
-    the kernels leave out those without weight.
-    """
-
-    def __init__(self, labels: Tensor | None, row_scale: Tensor, ignore_index: int) -> None:
-        rows = self._rows = row_scale.shape[0]
-        self._index: Tensor | None = None  # None: all rows
-        if labels is not None:
-            index = counting_rows(labels, ignore_index, row_scale)
-            self._index = index if len(index) < rows else None
-        self.labels = None if labels is None else self.gather(labels).contiguous()
-        self.count = rows if self._index is None else len(self._index)
-
-    def of(self, size: int, among: slice | None = None) -> Iterator[tuple[Rows, slice]]:
-        """Chunks of at most ``size`` rows: where they lie among all rows, and where among the compacted ones."""
-        among = slice(0, self.count) if among is None else among
-        for first in range(among.start, among.stop, size):
-            part = slice(first, min(first + size, among.stop))
-            yield (part if self._index is None else self._index[part]), part
-
-    @property
-    def index(self) -> Rows:
-        """Where the rows that count lie among all."""
-        return slice(None) if self._index is None else self._index
-
-    def gather(self, full: Tensor, dim: int = 0) -> Tensor:
-        """The rows that count of a tensor that has all."""
-        return full if self._index is None else full.index_select(dim, self._index)
-
-    def scatter(self, compact: Tensor, dim: int = 0) -> Tensor:
-        """A tensor of the compacted rows among all rows, 0 elsewhere."""
-        if self._index is None:
-            return compact
-        shape = list(compact.shape)
-        shape[dim] = self._rows
-        return compact.new_zeros(shape).index_copy_(dim, self._index, compact)
 
 
 def scaled_weights(student: Projection, row_scale: Tensor, coefficient: Any) -> Tensor:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pocl_kernels.chunks import Chunks
 from pocl_kernels.eager import logits as eager
 from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import RESULTS, STATE_ROWS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.triton_backend import low, steps
-from pocl_kernels.triton_backend.chunks import Chunks, on_device
+from pocl_kernels.triton_backend.chunks import on_device
 from pocl_kernels.triton_backend.layout import ROW_ALIGNMENT
 from pocl_kernels.triton_backend.steps import Places, Tile
 
@@ -49,7 +50,7 @@ def divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
             offset = 0 if group is None else group.offset
             weights = chunks.gather(row_scale).float().contiguous()
             steps.gradient(tile, gradient, chunks.labels, offset, weights, state, task)
-        return Rows(chunks.scatter(results, 1), gradient, None, None, chunks.scatter(state, 1))
+        return Rows(chunks.report(results), gradient, None, None, chunks.scatter(state, 1))
 
 
 def _gradient(inputs: Inputs, plan: Plan, chunks: Chunks) -> Tensor:

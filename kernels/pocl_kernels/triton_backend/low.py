@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pocl_kernels.chunks import Chunks, Rows
 from pocl_kernels.parallel import VocabularyGroup
 from pocl_kernels.plan import (
     ACCURACY,
@@ -31,9 +32,9 @@ from pocl_kernels.plan import (
 )
 from pocl_kernels.triton_backend import state as st
 from pocl_kernels.triton_backend import steps
-from pocl_kernels.triton_backend.chunks import Chunks, scaled_weights
+from pocl_kernels.triton_backend.chunks import scaled_weights
 from pocl_kernels.triton_backend.layout import MAX_CHUNK_ROWS, MIB, evened, padded, tile_shape
-from pocl_kernels.triton_backend.projection import Grads, Projection, Rows
+from pocl_kernels.triton_backend.projection import Grads, Projection
 from pocl_kernels.triton_backend.steps import Task, Tile
 from pocl_kernels.triton_backend.terms import program_of
 

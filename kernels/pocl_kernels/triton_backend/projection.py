@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from pocl_kernels.chunks import Rows
 from pocl_kernels.plan import Gradients
 from pocl_kernels.triton_backend import gemm
 from pocl_kernels.triton_backend.later import WeightGradient
@@ -26,7 +27,6 @@ from pocl_kernels.triton_backend.layout import Layout, conversions, demand, fact
 TILE_EXPONENT = 6  # of the largest entry to expect in a float16 gradient tile; float16 ends at 2^16
 HIDDEN_EXPONENT = -4  # of the factor on bf16 hidden states in float16
 
-Rows = Tensor | slice  # indices of some rows, or a range of them
 Grads = tuple[Tensor | None, Tensor | Callable[[Tensor | None], Tensor] | None, Tensor | None]
 
 
