@@ -86,6 +86,7 @@ def cpu_path() -> Iterator[None]:
         return out
 
     with (
+        mock.patch.object(backend, "_multiply", nothing),
         mock.patch.object(backend, "_parallel", nothing),
         mock.patch.object(torch, "mm", skip),
         mock.patch.object(torch.Tensor, "addmm_", lambda tensor, *_, **__: tensor),

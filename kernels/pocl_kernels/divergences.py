@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -55,13 +56,18 @@ def is_number(x: object) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, (numbers.Real, torch.SymFloat, torch.SymInt))
 
 
+@functools.cache  # every call asks several times
+def names_of(kind: type[Any]) -> tuple[str, ...]:
+    """The names of a dataclass's fields."""
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
 @dataclasses.dataclass(frozen=True)
 class Divergence(abc.ABC):
     """Base of all divergences: two scalar functions of the log-probabilities of one token."""
 
     token: ClassVar[str]  # names the class in the arguments of the registered operators
     classes: ClassVar[dict[str, type[Divergence]]] = {}
-    _names: ClassVar[tuple[str, ...]]
     kl_weights: ClassVar[tuple[float, float] | None] = None
     """(a, b) where D = a KL(p, q) + b KL(q, p) for whatever parameters: D is then had in one pass over the vocabulary.
     """
@@ -74,14 +80,11 @@ class Divergence(abc.ABC):
         if "slope" in vars(cls) and "relative_slope" not in vars(cls):
             cls.relative_slope = Divergence.relative_slope  # type: ignore[method-assign]  # nor its difference
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """The names of the fields."""
         if torch.compiler.is_compiling():
-            return tuple(field.name for field in dataclasses.fields(cls))
-        if "_names" not in cls.__dict__:  # every call asks several times
-            cls._names = tuple(field.name for field in dataclasses.fields(cls))
-        return cls._names
+            return tuple(field.name for field in dataclasses.fields(self))
+        return names_of(type(self))
 
     def parameters(self) -> list[Any]:
         """The values of the fields, numbers or tensors of one a token: the run-time parameters of the kernels.
@@ -103,7 +106,7 @@ class Divergence(abc.ABC):
     def from_parameters(cls, values: Sequence[Any]) -> Self:
         """The instance that has these values in its fields, as they are: nothing is checked or changed."""
         made = object.__new__(cls)
-        for name, value in zip(cls.names(), values, strict=True):
+        for name, value in zip(names_of(cls), values, strict=True):
             object.__setattr__(made, name, value)
         return made
 

@@ -330,8 +330,8 @@ def test_the_operator_keeps_its_promises_to_the_compiler(
 ) -> None:
     operator, calls = operators.operator, []
 
-    def called(inputs: Any, *rest: Any) -> Any:
-        calls.append((list(inputs), *rest[:-1], "\n".join(rest[-1])))
+    def called(inputs: Any, numbers: Any, *rest: Any) -> Any:
+        calls.append((list(inputs), torch.tensor(numbers, dtype=torch.float64), *rest[:-1], "\n".join(rest[-1])))
         return operators.Rows(*operator(*calls[-1]))
 
     monkeypatch.setattr(operators, "linear_loss", called)

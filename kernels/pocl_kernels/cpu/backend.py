@@ -168,15 +168,7 @@ class _Projection:
         if self._buffer is None:  # the first chunk is the largest
             self._buffer = memory.empty((n, self.V), self.dtype)
         z = within(self._buffer, slice(0, n))
-        # weight @ hidden.T by slices, then transposed from cache: a quarter faster than hidden @ weight.T, for which
-        # the library repacks the whole weight, and no slower for short chunks (benchmarks/NOTES.md).
-        hidden = self._chunk_hidden.T.contiguous()
-        tile = torch.empty(min(PROJECTION_ROWS, self.V), n, dtype=self.dtype)
-        for first in range(0, self.V, PROJECTION_ROWS):
-            part = slice(first, min(first + PROJECTION_ROWS, self.V))
-            weight = within(self.weight, part).to(self.dtype)
-            product = torch.mm(weight, hidden, out=within(tile, slice(0, part.stop - first)))
-            (z if part.stop - first == self.V else z[:, part]).copy_(product.T)
+        _multiply(self._chunk_hidden, self.weight, z)
         return z
 
     def accumulate(self, rows: Taken, gradient: Tensor) -> None:
@@ -206,6 +198,21 @@ class _Projection:
         if self.grad_weight is not None and (self._first or self.grad_weight.shape[0] > self.V):
             self.grad_weight[0 if self._first else self.V :].zero_()
         return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``hidden @ weight[:V].T`` into ``out``, ``[n, V]``.
+
+    weight @ hidden.T by slices, then transposed from cache: a quarter faster than hidden @ weight.T, for which the
+    library repacks the whole weight, and no slower for short chunks (benchmarks/NOTES.md).
+    """
+    n, V = out.shape
+    factor = hidden.T.contiguous()
+    tile = torch.empty(min(PROJECTION_ROWS, V), n, dtype=out.dtype)
+    for first in range(0, V, PROJECTION_ROWS):
+        part = slice(first, min(first + PROJECTION_ROWS, V))
+        product = torch.mm(weight[part].to(out.dtype), factor, out=tile[: part.stop - first])
+        out[:, part] = product.T
 
 
 def chunk_rows(rows: int, row_bytes: int, workspace_mb: float) -> tuple[int, int]:
