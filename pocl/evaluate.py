@@ -16,8 +16,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from pocl.difficulty.measure import MAX_BATCH_TOKENS, check_models, check_samples, token_scores
+from pocl.difficulty.measure import (
+    MAX_BATCH_TOKENS,
+    TokenScores,
+    asked,
+    check_models,
+    check_samples,
+    engine_scores,
+    token_scores,
+)
 from pocl.difficulty.samples import Sample, SampleReader
+from pocl.engines import Engine
 from pocl.generation import GenerationSettings, end_tokens, generate
 from pocl.rouge import check_rule, count_wordless, pair_scores, warn_of_wordless
 
@@ -90,6 +99,8 @@ def evaluate(
     num_generated: int | None = None,
     words: str = "auto",
     max_batch_tokens: int = MAX_BATCH_TOKENS,
+    engine: str | Engine = "transformers",
+    engine_args: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Evaluates a causal language model on prompt/response examples.
@@ -107,6 +118,8 @@ def evaluate(
         num_generated: answer the first n samples only; 0 skips generation; all when left out.
         words: what ROUGE-L takes for a word: `auto`, `rouge_score`, `unicode` or `characters` (see `pocl.rouge`).
         max_batch_tokens: tokens, padding included, of one forward batch.
+        engine, engine_args: who runs the model; see `score`. With a teacher, cross-entropy and KL are measured in this
+            process.
         progress: show progress bars.
 
     Raises:
@@ -128,34 +141,51 @@ def evaluate(
     if not samples:
         raise ValueError("no sample is left to evaluate: none has a prompt and a response")
     check_samples(model, samples)
-    with tqdm(total=len(samples), desc="evaluating", unit=" samples", disable=not progress) as bar:
-        scores = token_scores(
-            model, samples, teacher=teacher, max_batch_tokens=max_batch_tokens, advance=lambda n, _: bar.update(n)
-        )
     judged = samples if num_generated is None else samples[:num_generated]
+    settings = generation or GenerationSettings()
+    if max_new_tokens is not None:
+        settings = replace(settings, max_new_tokens=max_new_tokens)
     each: dict[str, Sequence[float]] = {
         "sample_id": [s.sample_id for s in samples],
         "num_tokens": [len(s.response) for s in samples],
     }
-    each["cross_entropy"] = [s.cross_entropy for s in scores]
-    if teacher is not None:
-        each["kl_to_teacher"] = [s.kl_to_teacher or 0.0 for s in scores]
     rouge = match = None
     responses: tuple[str, ...] = ()
-    if judged:
-        settings = generation or GenerationSettings()
-        if max_new_tokens is not None:
-            settings = replace(settings, max_new_tokens=max_new_tokens)
-        runs = [replace(settings, seed=seed) for seed in seeds] or [settings]
-        each["rouge_l"], each["exact_match"], responses = _answer_metrics(
-            model, tokenizer, judged, runs, words, progress
-        )
-        rouge, match = (math.fsum(each[name]) / len(judged) for name in ("rouge_l", "exact_match"))
+    longest = max(max(map(len, samples)) + 1, max(len(s.prompt) for s in samples) + settings.max_new_tokens)
+    with asked(model, engine, engine_args, longest) as apart:
+        scores = _scores(model, samples, teacher, apart, max_batch_tokens, progress)
+        each["cross_entropy"] = [s.cross_entropy for s in scores]
+        if teacher is not None:
+            each["kl_to_teacher"] = [s.kl_to_teacher or 0.0 for s in scores]
+        if judged:
+            runs = [replace(settings, seed=seed) for seed in seeds] or [settings]
+            each["rouge_l"], each["exact_match"], responses = _answer_metrics(
+                model, tokenizer, judged, runs, words, progress, apart
+            )
+            rouge, match = (math.fsum(each[name]) / len(judged) for name in ("rouge_l", "exact_match"))
     counts = [len(sample.response) for sample in samples]
     kl = None if teacher is None else _token_mean([s.kl_to_teacher or 0.0 for s in scores], counts)
     cross_entropy = _token_mean([s.cross_entropy for s in scores], counts)
     of_each = {name: tuple(values) for name, values in each.items()}
     return EvaluationResult(cross_entropy, kl, rouge, match, len(samples), sum(counts), responses, of_each)
+
+
+def _scores(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    teacher: nn.Module | None,
+    apart: Engine | None,
+    max_batch_tokens: int,
+    progress: bool,
+) -> list[TokenScores]:
+    with tqdm(total=len(samples), desc="evaluating", unit=" samples", disable=not progress) as bar:
+
+        def advance(count: int, _tokens: int) -> None:
+            bar.update(count)
+
+        if apart is not None and teacher is None:
+            return engine_scores(apart, samples, advance)
+        return token_scores(model, samples, teacher=teacher, max_batch_tokens=max_batch_tokens, advance=advance)
 
 
 def _token_mean(means: Sequence[float], counts: Sequence[int]) -> float:
@@ -170,6 +200,7 @@ def _answer_metrics(
     runs: Sequence[GenerationSettings],
     words: str,
     progress: bool,
+    apart: Engine | None,
 ) -> tuple[list[float], list[float], tuple[str, ...]]:
     """ROUGE-L and exact match of each sample, means over the runs, and the answers of the first run."""
     references = [sample.reference for sample in samples]
@@ -178,14 +209,12 @@ def _answer_metrics(
     match: list[list[float]] = []
     first: tuple[str, ...] = ()
     for run in runs:
-        answers = generate(
-            model,
-            [sample.prompt for sample in samples],
-            run,
-            eos_token_ids=end_tokens(model, tokenizer),
-            sample_ids=[sample.sample_id for sample in samples],
-            progress=progress,
-        )
+        ends, ids = end_tokens(model, tokenizer), [sample.sample_id for sample in samples]
+        prompts = [sample.prompt for sample in samples]
+        if apart is None:
+            answers = generate(model, prompts, run, eos_token_ids=ends, sample_ids=ids, progress=progress)
+        else:
+            answers = apart.answers(prompts, run, eos_token_ids=ends, sample_ids=ids)
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         first = first or tuple(texts)
         rouge.append(pair_scores(texts, references, stem=True, words=words))

@@ -9,7 +9,7 @@ B: samples of a batch, L: longest of them, N: response tokens of the batch, H: h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pocl.data import IGNORE_INDEX
 from pocl.difficulty.samples import Sample
+from pocl.engines import Engine, check_engine, running
 from pocl.generation import GenerationSettings, Prefilled, Request, SlotEngine, maskable_attention, prefill
 from pocl.generation.fallback import answer_in_batches
 from pocl.generation.settings import check_prompts
@@ -47,9 +49,9 @@ class Answering:
     settings: GenerationSettings
     eos_token_ids: tuple[int, ...]
     backend: str
-    """`slots` or `transformers`."""
+    """`slots` or `transformers`; or the name of an engine apart from this process."""
     rows: int
-    """Answers in the making at a time."""
+    """Answers in the making at a time; 0 where an engine decides for itself."""
 
 
 def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -114,6 +116,59 @@ def token_scores(
             if advance is not None:
                 advance(len(batch), sum(map(len, batch)))
     return [scores for scores in out if scores is not None]
+
+
+@contextmanager
+def asked(
+    model: nn.Module, engine: str | Engine, engine_args: Mapping[str, Any] | None, max_model_len: int | None
+) -> Iterator[Engine | None]:
+    """The engine apart from this process that is to run a model, None where this process does."""
+    if engine == "transformers":
+        check_engine(engine, engine_args)
+        yield None
+    elif isinstance(engine, str):
+        with running(model, engine, engine_args=engine_args, max_model_len=max_model_len) as made:
+            yield made
+    else:
+        yield engine
+
+
+def engine_scores(engine: Engine, samples: Sequence[Sample], advance: Advance | None = None) -> list[TokenScores]:
+    """Cross-entropies of every sample, in order, as an engine tells them.
+
+    Raises:
+        ValueError: as `token_scores`.
+    """
+    rows = [
+        {
+            "sample_id": sample.sample_id,
+            "input_ids": sample.prompt + sample.response,
+            "labels": [IGNORE_INDEX] * len(sample.prompt) + sample.response,
+        }
+        for sample in samples
+    ]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    told = engine.log_probs_of([rows[i] for i in order])
+    losses = dict(zip(order, told, strict=True))
+    values = torch.cat([-losses[i] for i in range(len(samples))])
+    if advance is not None:
+        advance(len(samples), sum(map(len, samples)))
+    return [TokenScores(mean) for mean in _means(values, [len(s.response) for s in samples], samples, "cross-entropy")]
+
+
+def engine_answers(
+    engine: Engine, samples: Sequence[Sample], answering: Answering, advance: Advance | None = None
+) -> list[list[int]]:
+    """The answer of an engine to every sample's prompt, in order."""
+    answers = engine.answers(
+        [sample.prompt for sample in samples],
+        answering.settings,
+        eos_token_ids=answering.eos_token_ids,
+        sample_ids=[sample.sample_id for sample in samples],
+    )
+    if advance is not None:
+        advance(len(samples), sum(map(len, answers)))
+    return answers
 
 
 def scores_and_answers(

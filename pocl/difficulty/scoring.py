@@ -25,14 +25,18 @@ from pocl.difficulty.measure import (
     MAX_BATCH_TOKENS,
     Advance,
     Answering,
+    asked,
     check_models,
     check_samples,
+    engine_answers,
+    engine_scores,
     scores_and_answers,
     token_scores,
 )
 from pocl.difficulty.processes import Processes
 from pocl.difficulty.samples import Sample, SampleReader, mark_of, split_into_shards
 from pocl.difficulty.store import MemoryStore, ShardStore, add_ids, check_ids
+from pocl.engines import Engine
 from pocl.generation import GenerationSettings, end_tokens, resolve_backend, rows_that_fit
 from pocl.models import in_evaluation_mode, view_of
 from pocl.models.fingerprint import tokenizer_fingerprint, weights_fingerprint
@@ -78,6 +82,8 @@ def score(
     batch_size: int | None = None,
     shard_size: int | None = None,
     backend: str = "auto",
+    engine: str | Engine = "transformers",
+    engine_args: Mapping[str, Any] | None = None,
     stem: bool = True,
     words: str = "auto",
     progress: bool = True,
@@ -102,6 +108,10 @@ def score(
             the run that made it).
         shard_size: samples a shard, 128 on a CPU and 1,024 elsewhere when left out.
         backend: as in `generate`.
+        engine: who runs the student: `transformers`, in this process, `vllm`, or an engine of `pocl.engines` that runs
+            it already. An engine apart from this process gives the answers and, unless a teacher is measured, the
+            cross-entropies; `batch_size` and `backend` are then its own business. One process asks it.
+        engine_args: arguments of `vllm.LLM`, such as `tensor_parallel_size`.
         stem: compare Porter stems.
         words: what ROUGE-L takes for a word: `auto`, `rouge_score`, `unicode` or `characters` (see `pocl.rouge`).
         progress: show a progress bar.
@@ -139,12 +149,20 @@ def score(
     if not answers and generation is not None:
         raise ValueError("generation is given but answers=False; leave out one of the two")
     check_models(model, teacher)
-    with Processes.current() as processes:
+    settings = generation or GenerationSettings()
+    longest = None if read.tokenised else max(max_length + 1, max_prompt_length + settings.max_new_tokens)
+    with Processes.current() as processes, asked(model, engine, engine_args, longest) as apart:
         if processes.size > 1 and output_dir is None:
             raise ValueError(f"output_dir is needed to share the work among {processes.size} processes")
+        if processes.size > 1 and apart is not None:
+            raise ValueError(
+                f"engine {apart.name} spreads over the machine by itself, and {processes.size} processes would start "
+                "one each: start one process"
+            )
         answering = None
-        if answers:
-            settings = generation or GenerationSettings()
+        if answers and apart is not None:
+            answering = Answering(settings, tuple(end_tokens(model, tokenizer)), apart.name, 0)
+        elif answers:
             answering = _answering(model, tokenizer, settings, backend, batch_size, max_prompt_length, processes)
         run = {
             "model": _identity(model),
@@ -160,7 +178,7 @@ def score(
         if answering is not None:
             # what fits may differ from run to run, but the rounding of an answer may depend on it
             answering = replace(answering, rows=kept["rows"])
-        scorer = Scorer(model, tokenizer, answering, teacher, max_batch_tokens, stem, words)
+        scorer = Scorer(model, tokenizer, answering, teacher, max_batch_tokens, stem, words, apart)
         judged: Counter[str] = Counter()
         num_shards = _score_shards(dataset, shard_size, read, scorer, store, processes, progress, judged)
         processes.wait()
@@ -180,6 +198,8 @@ class Scorer:
     max_batch_tokens: int
     stem: bool
     words: str
+    engine: Engine | None = None
+    """Apart from this process; None leaves all to the model."""
 
     def __call__(self, samples: Sequence[Sample], advance: Advance | None = None) -> pa.Table:
         """The rows of the table, in the order of the samples."""
@@ -191,7 +211,15 @@ class Scorer:
         }
         columns: dict[str, list[Any]] = {"sample_id": [s.sample_id for s in samples]}
         answers: list[list[int]] = []
-        if self.answering is None or not samples:
+        if self.engine is not None and samples:
+            half = None if self.answering is not None else advance
+            if self.teacher is None:
+                scores = engine_scores(self.engine, samples, half)
+            else:
+                scores = token_scores(self.model, samples, **options | {"advance": half})
+            if self.answering is not None:
+                answers = engine_answers(self.engine, samples, self.answering, advance)
+        elif self.answering is None or not samples:
             scores = token_scores(self.model, samples, **options)
         else:
             scores, answers = scores_and_answers(self.model, samples, self.answering, **options)

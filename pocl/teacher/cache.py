@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl.engines import Engine
+from pocl.engines import Engine, running
 from pocl.teacher.batches import rows_of
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import DTYPES, Store
-from pocl.teacher.stored import StoredTeacher, as_engine, built, estimated_bytes, opened
+from pocl.teacher.stored import StoredTeacher, built, estimated_bytes, opened
 
 
 class HiddenStateCache(StoredTeacher):
@@ -108,9 +108,11 @@ class HiddenStateCache(StoredTeacher):
     def build(
         cls,
         path: str | Path,
-        teacher: OnlineTeacher | nn.Module | Engine,
+        teacher: OnlineTeacher | nn.Module | Engine | str | Path,
         dataset: Any,
         *,
+        engine: str = "transformers",
+        engine_args: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         tokenizer: Any = None,
         template: str | None = None,
@@ -126,9 +128,11 @@ class HiddenStateCache(StoredTeacher):
 
         Args:
             path: folder of the cache, made if missing.
-            teacher: the model, on its device, or an engine that runs it (`pocl.engines`).
+            teacher: the model, on its device; an engine of `pocl.engines`; or, for vLLM, a folder or hub id.
             dataset: tokenised rows (`sample_id`, `input_ids`, `labels`): training rows, and evaluation rows if the
                 trainer is to evaluate with the cache.
+            engine: who runs the model: `transformers`, in this process, or `vllm`, which spreads it over GPUs.
+            engine_args: arguments of `vllm.LLM`, such as `tensor_parallel_size`.
             dtype: float32, bfloat16 or float16; None keeps the teacher's, which loses nothing.
             tokenizer, template: noted, so that `open` can compare them.
             batch_tokens: tokens of one forward pass, padding included; an engine of its own decides for itself.
@@ -141,26 +145,28 @@ class HiddenStateCache(StoredTeacher):
                 than the teacher's context (names the sample).
             OSError: the disk is too small; said before anything is written.
         """
-        engine = as_engine(teacher, batch_tokens)
-        head = engine.head()
-        stored = dtype or head.weight.dtype
-        built(
-            cls,
-            path,
-            engine,
-            dataset,
-            lambda samples, report: {"hidden": engine.hidden_states(samples, report).to(stored)},
-            token_bytes=head.hidden_size * stored.itemsize,
-            further={
-                "dtype": str(stored).removeprefix("torch."),
-                "hidden_size": head.hidden_size,
-                "scale": head.scale,
-                "softcap": head.softcap,
-            },
-            tokenizer=tokenizer,
-            template=template,
-            shard_mb=shard_mb,
-            repair=repair,
-            disable_tqdm=disable_tqdm,
-        )
+        model = teacher.model if isinstance(teacher, OnlineTeacher) else teacher
+        options: dict[str, Any] = {"engine_args": engine_args, "tokenizer": tokenizer, "batch_tokens": batch_tokens}
+        with running(model, engine, **options) as source:
+            head = source.head()
+            stored = dtype or head.weight.dtype
+            built(
+                cls,
+                path,
+                source,
+                dataset,
+                lambda samples, report: {"hidden": source.hidden_states(samples, report).to(stored)},
+                token_bytes=head.hidden_size * stored.itemsize,
+                further={
+                    "dtype": str(stored).removeprefix("torch."),
+                    "hidden_size": head.hidden_size,
+                    "scale": head.scale,
+                    "softcap": head.softcap,
+                },
+                tokenizer=tokenizer,
+                template=template,
+                shard_mb=shard_mb,
+                repair=repair,
+                disable_tqdm=disable_tqdm,
+            )
         return cls.open(path)

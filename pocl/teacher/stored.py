@@ -105,19 +105,6 @@ class StoredTeacher:
         return {**self.__dict__, "_handles": {}, "fallback": None}
 
 
-def as_engine(teacher: Any, batch_tokens: int) -> Engine:
-    """The engine that a teacher is asked through: its own, or the model's in this process."""
-    if isinstance(teacher, OnlineTeacher):
-        teacher = teacher.model
-    if isinstance(teacher, nn.Module):
-        return LocalEngine(teacher, batch_tokens=batch_tokens)
-    if isinstance(teacher, Engine):
-        return teacher
-    raise ValueError(
-        f"teacher must be a model, an OnlineTeacher or an engine of pocl.engines, got {type(teacher).__name__}"
-    )
-
-
 def opened(
     kind: type[StoredTeacher],
     path: str | Path,

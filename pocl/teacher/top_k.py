@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pocl.engines import Engine
+from pocl.engines import Engine, LocalEngine, running
 from pocl.engines.top_k import check_k
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import Store
-from pocl.teacher.stored import StoredTeacher, as_engine, built, estimated_bytes, opened
+from pocl.teacher.stored import StoredTeacher, built, estimated_bytes, opened
 
 ENTRY_BYTES = 8  # int32 and float32
 
@@ -48,12 +48,12 @@ class TopKCache(StoredTeacher):
         tokenizer: Any = None,
         template: str | None = None,
         dataset: Any = None,
-        fallback: OnlineTeacher | nn.Module | Engine | None = None,
+        fallback: OnlineTeacher | Engine | None = None,
         verify: bool = False,
     ) -> TopKCache:
         """Open a finished cache; see `HiddenStateCache.open`."""
         store, index = opened(cls, path, teacher=teacher, tokenizer=tokenizer, template=template, verify=verify)
-        cache = cls(store, index, None if fallback is None else as_engine(fallback, 4096))
+        cache = cls(store, index, LocalEngine(fallback.model) if isinstance(fallback, OnlineTeacher) else fallback)
         if dataset is not None:
             cache.check_contains(dataset)
         return cache
@@ -93,10 +93,12 @@ class TopKCache(StoredTeacher):
     def build(
         cls,
         path: str | Path,
-        teacher: OnlineTeacher | nn.Module | Engine,
+        teacher: OnlineTeacher | nn.Module | Engine | str | Path,
         dataset: Any,
         *,
         top_k: int = 64,
+        engine: str = "transformers",
+        engine_args: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         template: str | None = None,
         batch_tokens: int = 4096,
@@ -110,32 +112,35 @@ class TopKCache(StoredTeacher):
         rows give the same bytes, cut off or not.
 
         Args:
-            path, teacher, dataset, tokenizer, template, batch_tokens, shard_mb, repair, disable_tqdm: as there.
+            path, teacher, dataset, engine, engine_args, tokenizer, template, batch_tokens, shard_mb, repair,
+                disable_tqdm: as there.
             top_k: tokens to keep, at most the vocabulary.
 
         Raises:
             ValueError: as there; or top_k is out of range.
             OSError: the disk is too small; said before anything is written.
         """
-        engine = as_engine(teacher, batch_tokens)
-        check_k(top_k, engine.vocabulary)
+        model = teacher.model if isinstance(teacher, OnlineTeacher) else teacher
+        options: dict[str, Any] = {"engine_args": engine_args, "tokenizer": tokenizer, "batch_tokens": batch_tokens}
+        with running(model, engine, **options) as source:
+            check_k(top_k, source.vocabulary)
 
-        def make(samples: Sequence[Mapping[str, Any]], report: Any) -> dict[str, Tensor]:
-            token_ids, log_probs = engine.top_k(samples, top_k, report)
-            return {"token_ids": token_ids, "log_probs": log_probs}
+            def make(samples: Sequence[Mapping[str, Any]], report: Any) -> dict[str, Tensor]:
+                token_ids, log_probs = source.top_k(samples, top_k, report)
+                return {"token_ids": token_ids, "log_probs": log_probs}
 
-        built(
-            cls,
-            path,
-            engine,
-            dataset,
-            make,
-            token_bytes=top_k * ENTRY_BYTES,
-            further={"top_k": top_k, "vocabulary": engine.vocabulary},
-            tokenizer=tokenizer,
-            template=template,
-            shard_mb=shard_mb,
-            repair=repair,
-            disable_tqdm=disable_tqdm,
-        )
+            built(
+                cls,
+                path,
+                source,
+                dataset,
+                make,
+                token_bytes=top_k * ENTRY_BYTES,
+                further={"top_k": top_k, "vocabulary": source.vocabulary},
+                tokenizer=tokenizer,
+                template=template,
+                shard_mb=shard_mb,
+                repair=repair,
+                disable_tqdm=disable_tqdm,
+            )
         return cls.open(path)

@@ -1,0 +1,1 @@
+"""Files that vLLM's own interpreter runs, which has no pocl: they import nothing of it."""
