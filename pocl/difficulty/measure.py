@@ -139,7 +139,7 @@ def engine_scores(engine: Engine, samples: Sequence[Sample], advance: Advance | 
     Raises:
         ValueError: as `token_scores`.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "sample_id": sample.sample_id,
             "input_ids": sample.prompt + sample.response,

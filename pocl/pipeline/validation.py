@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pocl.pipeline.context import Context
 
 if TYPE_CHECKING:
-    from pocl.teacher import Teacher
+    from pocl.teacher import LikelyTokens, Teacher
 
 
 def validation_metrics(context: Context) -> Callable[[Any], dict[str, float]]:
@@ -31,12 +31,13 @@ def metric_of(context: Context) -> str:
     return "loss" if context.is_corpus() else context.recipe.training.metric
 
 
-def kl_to_teacher(model: Any, teacher: Teacher, rows: Any, batch_size: int) -> float:
+def kl_to_teacher(model: Any, teacher: Teacher | LikelyTokens, rows: Any, batch_size: int) -> float:
     """KL(teacher || model) at temperature 1, nats per response token; every process measures all rows."""
     import torch
 
     from pocl import fused_linear_divergence, heads
     from pocl.data import Collator
+    from pocl.teacher import signal_of
 
     device = next(model.parameters()).device
     collate, was_training = Collator(0), model.training
@@ -51,8 +52,7 @@ def kl_to_teacher(model: Any, teacher: Teacher, rows: Any, batch_size: int) -> f
             out = fused_linear_divergence(
                 hidden.flatten(0, 1)[index],
                 heads.head_of(model),
-                teacher.hidden_states(batch),
-                teacher.head,
+                *signal_of(teacher, batch),
                 reduction="sum",
             )
             total += float(out.divergence)

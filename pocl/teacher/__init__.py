@@ -6,7 +6,19 @@ a token in place of V. The K likeliest tokens give what an engine or a server te
 
 from pocl.teacher.cache import HiddenStateCache
 from pocl.teacher.choice import TeacherChoice, choose_teacher
-from pocl.teacher.online import OnlineTeacher, Teacher
+from pocl.teacher.online import LikelyTokens, OnlineTeacher, Teacher, signal_of, vocabulary_of
+from pocl.teacher.stored import StoredTeacher
 from pocl.teacher.top_k import TopKCache
 
-__all__ = ["HiddenStateCache", "OnlineTeacher", "Teacher", "TeacherChoice", "TopKCache", "choose_teacher"]
+__all__ = [
+    "HiddenStateCache",
+    "LikelyTokens",
+    "OnlineTeacher",
+    "StoredTeacher",
+    "Teacher",
+    "TeacherChoice",
+    "TopKCache",
+    "choose_teacher",
+    "signal_of",
+    "vocabulary_of",
+]

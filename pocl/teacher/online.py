@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl import heads
-from pocl_kernels import Head
+from pocl_kernels import Head, SparseTeacher
 
 
 @runtime_checkable
@@ -30,6 +30,39 @@ class Teacher(Protocol):
                 convention, `sample_id` [B], and `position_ids` where rows are packed.
         """
         ...
+
+
+@runtime_checkable
+class LikelyTokens(Protocol):
+    """What a trainer needs of a teacher that is known by its likeliest tokens, and has no head.
+
+    Attributes:
+        vocabulary: number of the teacher's logits.
+    """
+
+    vocabulary: int
+
+    def sparse(self, batch: Mapping[str, Tensor]) -> SparseTeacher:
+        """The likeliest tokens of the N positions that predict a label, [N, K], in row-major order.
+
+        Args:
+            batch: as for `Teacher.hidden_states`.
+        """
+        ...
+
+
+def signal_of(
+    teacher: Teacher | LikelyTokens, batch: Mapping[str, Tensor]
+) -> tuple[Tensor | SparseTeacher, Head | None]:
+    """What `fused_linear_divergence` takes of a teacher at the label positions: states and head, or likely tokens."""
+    if isinstance(teacher, LikelyTokens):
+        return teacher.sparse(batch), None
+    return teacher.hidden_states(batch), teacher.head
+
+
+def vocabulary_of(teacher: Teacher | LikelyTokens) -> int:
+    """Number of the teacher's logits."""
+    return teacher.vocabulary if isinstance(teacher, LikelyTokens) else teacher.head.vocab_size
 
 
 class OnlineTeacher:

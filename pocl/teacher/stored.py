@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pocl.engines import Engine, LocalEngine
+from pocl.engines import Engine, LocalEngine, ServerEngine
 from pocl.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import FORMAT, ShardPlan, Store, data_fingerprint, keyed, label_count, plan_shards, sample_key
@@ -34,6 +34,8 @@ class StoredTeacher:
     """Of the store, as its plan and its index name it."""
     tensors: ClassVar[tuple[str, ...]]
     """Of a shard; each has a row for every label token."""
+    fallback: Any = None
+    """Asked for batches that are not in the store."""
 
     def __init__(self, store: Store, index: Mapping[str, Any]) -> None:
         self.store, self.index = store, index
@@ -161,7 +163,6 @@ def built(
     shards = plan_shards(dataset, max(1, shard_mb * 2**20 // token_bytes))
     if not shards:
         raise ValueError("dataset has no row with a label; the teacher would have nothing to say")
-    _check_context(dataset[shards[0].rows[0]], engine)
     with_head = "scale" in further
     store = Store(path)
     plan = {
@@ -175,6 +176,7 @@ def built(
         "num_samples": sum(len(shard.keys) for shard in shards),
         "num_tokens": sum(shard.tokens for shard in shards),
     }
+    _check_context(dataset[shards[0].rows[0]], engine)
     existing = store.read_json("plan.json")
     if existing is not None:
         _compare(existing, plan, path)
@@ -189,6 +191,8 @@ def built(
         store.write_head(engine.head())
     if existing is None:
         store.write_json("plan.json", plan)
+    if isinstance(engine, ServerEngine):
+        engine.recognise(store.folder, dataset[shards[-1].rows[-1]])
     _write_missing(store, shards, dataset, make, disable_tqdm)
     store.finish(plan)
 

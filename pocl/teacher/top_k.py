@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from pocl.engines import Engine, LocalEngine, running
 from pocl.engines.top_k import check_k
+from pocl.teacher.batches import rows_of
 from pocl.teacher.online import OnlineTeacher
 from pocl.teacher.store import Store
 from pocl.teacher.stored import StoredTeacher, built, estimated_bytes, opened
+from pocl_kernels import SparseTeacher
 
 ENTRY_BYTES = 8  # int32 and float32
 
@@ -28,14 +30,17 @@ class TopKCache(StoredTeacher):
     Attributes:
         top_k: entries of a row.
         vocabulary: number of the teacher's logits.
+        tail: what is assumed of all other tokens; see `pocl.SparseTeacher`.
     """
 
     kind = "top_k"
     tensors = ("token_ids", "log_probs")
 
-    def __init__(self, store: Store, index: Mapping[str, Any], fallback: Engine | None = None) -> None:
+    def __init__(
+        self, store: Store, index: Mapping[str, Any], fallback: Engine | None = None, tail: str = "bucket"
+    ) -> None:
         super().__init__(store, index)
-        self.fallback = fallback
+        self.fallback, self.tail = fallback, tail
         self.top_k: int = index["top_k"]
         self.vocabulary: int = index["vocabulary"]
 
@@ -49,11 +54,19 @@ class TopKCache(StoredTeacher):
         template: str | None = None,
         dataset: Any = None,
         fallback: OnlineTeacher | Engine | None = None,
+        tail: str = "bucket",
         verify: bool = False,
     ) -> TopKCache:
-        """Open a finished cache; see `HiddenStateCache.open`."""
+        """Open a finished cache; see `HiddenStateCache.open`.
+
+        Args:
+            path, teacher, tokenizer, template, dataset, verify: as there.
+            fallback: a teacher or an engine that is asked about batches that are not in the cache.
+            tail: bucket, renormalise, zero or uniform; see `pocl.SparseTeacher`.
+        """
         store, index = opened(cls, path, teacher=teacher, tokenizer=tokenizer, template=template, verify=verify)
-        cache = cls(store, index, LocalEngine(fallback.model) if isinstance(fallback, OnlineTeacher) else fallback)
+        asked = LocalEngine(fallback.model) if isinstance(fallback, OnlineTeacher) else fallback
+        cache = cls(store, index, asked, tail)
         if dataset is not None:
             cache.check_contains(dataset)
         return cache
@@ -75,6 +88,18 @@ class TopKCache(StoredTeacher):
     def lookups(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         token_ids, log_probs = self.rows(samples)
         return {"teacher_token_ids": token_ids, "teacher_log_probs": log_probs}
+
+    def sparse(self, batch: Mapping[str, Tensor]) -> SparseTeacher:
+        """See `LikelyTokens.sparse`: what a loader attached, or read now."""
+        token_ids, log_probs = batch.get("teacher_token_ids"), batch.get("teacher_log_probs")
+        if token_ids is None or log_probs is None:
+            rows = rows_of(batch)
+            if self.fallback is not None and not self.contains(rows):
+                token_ids, log_probs = self.fallback.top_k(rows, self.top_k)
+            else:
+                token_ids, log_probs = self.rows(rows)
+        device = batch["input_ids"].device
+        return SparseTeacher(token_ids.to(device), log_probs.to(device), tail=self.tail, vocab_size=self.vocabulary)
 
     def mean_tail(self) -> float:
         """Mean probability that the K tokens leave to all others, over every label token."""

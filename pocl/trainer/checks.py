@@ -13,7 +13,7 @@ from pocl import heads
 from pocl.curriculum import Curriculum
 from pocl.data.token_rows import RowsSummary, summarize
 from pocl.models import view_of
-from pocl.teacher import HiddenStateCache, OnlineTeacher, Teacher
+from pocl.teacher import LikelyTokens, OnlineTeacher, StoredTeacher, Teacher, vocabulary_of
 from pocl.trainer.config import POCLConfig
 from pocl_kernels import Divergence
 from pocl_kernels.divergences import get_divergence
@@ -21,7 +21,7 @@ from pocl_kernels.divergences import get_divergence
 
 def check_setup(
     model: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | LikelyTokens | None,
     args: POCLConfig,
     curriculum: Curriculum,
     eval_dataset: Any,
@@ -36,11 +36,13 @@ def check_setup(
             f"model must be the student itself, got {type(model).__name__}; load it with "
             "AutoModelForCausalLM.from_pretrained(...)"
         )
-    if not (teacher is None or isinstance(teacher, Teacher)):
+    if not (teacher is None or isinstance(teacher, Teacher | LikelyTokens)):
         raise ValueError(
-            f"teacher is a bare {type(teacher).__name__}; pass OnlineTeacher(model), or a HiddenStateCache of it"
+            f"teacher is a bare {type(teacher).__name__}; pass OnlineTeacher(model), or a HiddenStateCache "
+            "or TopKCache of it"
             if isinstance(teacher, nn.Module)
-            else f"teacher must be an OnlineTeacher, a HiddenStateCache or None, got {type(teacher).__name__}"
+            else "teacher must be an OnlineTeacher, a HiddenStateCache, a TopKCache or None, got "
+            f"{type(teacher).__name__}"
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -67,9 +69,9 @@ def check_setup(
         raise ValueError(
             "schedule='continuous' needs a schedule that is a function of the step, not reduce_lr_on_plateau"
         )
-    if args.on_policy and isinstance(teacher, HiddenStateCache) and teacher.fallback is None:
+    if args.on_policy and isinstance(teacher, StoredTeacher) and teacher.fallback is None:
         raise ValueError(
-            "on_policy > 0 samples responses that no cache holds; pass HiddenStateCache.open(..., "
+            f"on_policy > 0 samples responses that no cache holds; pass {type(teacher).__name__}.open(..., "
             "fallback=OnlineTeacher(model)) or an OnlineTeacher"
         )
     if args.on_policy and processing_class is None:
@@ -80,10 +82,10 @@ def check_setup(
         if any(stage.kd_ratio > 0 for stage in curriculum.stages):
             raise ValueError("teacher is None, but a stage has kd_ratio > 0; pass a teacher or set kd_ratio=0")
     else:
-        heads.check_vocabularies(heads.head_of(model).vocab_size, teacher.head.vocab_size)
+        heads.check_vocabularies(heads.head_of(model).vocab_size, vocabulary_of(teacher))
 
 
-def _check_trained_weights(model: nn.Module, teacher: Teacher | None) -> None:
+def _check_trained_weights(model: nn.Module, teacher: Teacher | LikelyTokens | None) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         same = isinstance(teacher, OnlineTeacher) and heads.unwrapped(teacher.model) is heads.unwrapped(model)
@@ -100,7 +102,9 @@ def _check_trained_weights(model: nn.Module, teacher: Teacher | None) -> None:
         )
 
 
-def check_rows(rows: Any, name: str, model: nn.Module, teacher: Teacher | None, max_new_tokens: int = 0) -> RowsSummary:
+def check_rows(
+    rows: Any, name: str, model: nn.Module, teacher: Teacher | LikelyTokens | None, max_new_tokens: int = 0
+) -> RowsSummary:
     """Look at every row before the first step: what it is (see `summarize`), and whether both models can read it.
 
     Args:
@@ -145,7 +149,7 @@ def _check_room(summary: RowsSummary, name: str, max_new_tokens: int, context: i
         )
 
 
-def check_eval_rows(rows: Any, model: nn.Module, teacher: Teacher | None) -> dict[str, RowsSummary]:
+def check_eval_rows(rows: Any, model: nn.Module, teacher: Teacher | LikelyTokens | None) -> dict[str, RowsSummary]:
     """As `check_rows`, of evaluation rows or of a mapping from names to such."""
     if rows is None:
         return {}
@@ -154,7 +158,7 @@ def check_eval_rows(rows: Any, model: nn.Module, teacher: Teacher | None) -> dic
     return {name: check_rows(each, f"eval_dataset[{name!r}]", model, teacher) for name, each in rows.items()}
 
 
-def packs(args: POCLConfig, model: Any, teacher: Teacher | None) -> bool:
+def packs(args: POCLConfig, model: Any, teacher: Teacher | LikelyTokens | None) -> bool:
     """Whether batches are packed: `args.packing`, or where it is None, whether that is faster and both models can.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pocl import heads
 from pocl.models import view_of
-from pocl_kernels import Divergence, Head, fused_linear_cross_entropy, fused_linear_divergence
+from pocl_kernels import Divergence, Head, SparseTeacher, fused_linear_cross_entropy, fused_linear_divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +21,16 @@ class DistillationLossCall:
     Attributes:
         labels: [B, L] in the Hugging Face convention.
         positions: [N] places of the positions that predict a label, in the flattened batch.
-        teacher_hidden: [N, H_t] of the N positions that predict a label; None trains on the labels alone.
-        teacher_head: the teacher's projection; None together with `teacher_hidden`.
+        teacher: hidden states [N, H_t] of the N positions that predict a label, or the likely tokens there; None trains
+            on the labels alone.
+        teacher_head: the teacher's projection; None without hidden states.
         divergence, temperature, scale_by_temperature, kd_ratio: of the stage.
         normalizer: number of label tokens that the sum is divided by.
     """
 
     labels: Tensor
     positions: Tensor
-    teacher_hidden: Tensor | None
+    teacher: Tensor | SparseTeacher | None
     teacher_head: Head | None
     divergence: Divergence
     temperature: float
@@ -55,18 +56,19 @@ class DistillationLossCall:
     def _distillation(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         hidden = heads.at_positions(hidden, self.positions)
         labels = heads.shifted_labels(self.labels).flatten().index_select(0, self.positions)
-        if self.teacher_hidden is None or self.teacher_head is None:
+        if self.teacher is None:
             loss = fused_linear_cross_entropy(hidden, head, labels, reduction="mean", normalizer=self.normalizer)
             return {"loss": loss, "cross_entropy": loss.detach()}
-        if len(hidden) != len(self.teacher_hidden):
+        given = len(self.teacher.token_ids if isinstance(self.teacher, SparseTeacher) else self.teacher)
+        if len(hidden) != given:
             raise ValueError(
-                f"teacher: it gave hidden states of {len(self.teacher_hidden)} positions for a batch with {len(hidden)}"
-                " label tokens; a cache must be built from the tokenised samples that are trained on"
+                f"teacher: it spoke of {given} positions of a batch with {len(hidden)} label tokens; a cache must be "
+                "built from the tokenised samples that are trained on"
             )
         output = fused_linear_divergence(
             hidden,
             head,
-            self.teacher_hidden,
+            self.teacher,
             self.teacher_head,
             divergence=self.divergence,
             temperature=self.temperature,

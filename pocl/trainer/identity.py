@@ -20,7 +20,7 @@ from pocl import heads
 from pocl.data import Collator
 from pocl.data.token_rows import RowsSummary
 from pocl.models.fingerprint import arithmetic_settings, model_fingerprint, weights_fingerprint
-from pocl.teacher import HiddenStateCache, OnlineTeacher
+from pocl.teacher import HiddenStateCache, OnlineTeacher, TopKCache
 from pocl.trainer.loading import PackedCollator
 
 _ARGUMENTS = (
@@ -164,6 +164,9 @@ def teacher_identity(trainer: Any) -> dict[str, Any] | None:
     teacher = trainer.teacher
     if teacher is None or all(stage.kd_ratio == 0 for stage in trainer.curriculum.stages):
         return None
+    if isinstance(teacher, TopKCache):
+        kept = {"vocabulary": teacher.vocabulary, "top_k": teacher.top_k, "tail": teacher.tail}
+        return {**kept, "weights": teacher.index["teacher"][:32]}
     head = teacher.head.weight
     if isinstance(teacher, HiddenStateCache):
         weights, dtype = teacher.index["teacher"], teacher.dtype

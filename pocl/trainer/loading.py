@@ -1,4 +1,4 @@
-"""From rows to batches: order, padding or packing, and the teacher's stored states."""
+"""From rows to batches: order, padding or packing, and what the teacher is known by."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pocl.data.token_rows import check_batch
 from pocl.heads import IGNORE_INDEX, label_positions
-from pocl.teacher import HiddenStateCache
+from pocl.teacher import StoredTeacher
 from pocl.trainer.sampler import StageRows, StageSampler
 
 
@@ -41,14 +41,14 @@ class PackedCollator:
 class CollatorWithLookups:
     """Adds to a batch, in the loader's worker, what would make the training step wait.
 
-    `label_positions` [N], see `heads.label_positions`; and from a cache `teacher_hidden` [N, H_t].
+    `label_positions` [N], see `heads.label_positions`; and what a cache has of these rows.
 
     Args:
         collator: takes rows, gives a batch.
         cache: where the rows are looked up; with a fallback, a batch that is not in it gets no states.
     """
 
-    def __init__(self, collator: Callable[[Any], dict[str, Any]], cache: HiddenStateCache | None) -> None:
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], cache: StoredTeacher | None) -> None:
         self.collator, self.cache = collator, cache
         self.strict = cache is None or cache.fallback is None
 
@@ -56,7 +56,7 @@ class CollatorWithLookups:
         batch = self.collator(rows)
         batch["label_positions"] = label_positions(batch)
         if self.cache is not None and (self.strict or self.cache.contains(rows)):
-            batch["teacher_hidden"] = self.cache.rows(rows)
+            batch |= self.cache.lookups(rows)
         return batch
 
 
@@ -71,7 +71,7 @@ def make_loader(
         order, of_sampler: of `StageSampler`.
     """
     args = trainer.args
-    cache = trainer.teacher if isinstance(trainer.teacher, HiddenStateCache) else None
+    cache = trainer.teacher if isinstance(trainer.teacher, StoredTeacher) else None
     if order == "group_by_length":
         of_sampler["lengths"] = rows.lengths()
     micro_batch = batch_size * args.world_size if args.world_size > 1 else 1

@@ -21,7 +21,7 @@ from pocl.curriculum import Curriculum, Stage
 from pocl.data import Collator
 from pocl.interval import Interval
 from pocl.modes import follow_umask
-from pocl.teacher import Teacher
+from pocl.teacher import LikelyTokens, Teacher, signal_of
 from pocl.trainer.callbacks import Convergence, EvaluateLast, StageBar
 from pocl.trainer.card import distillation_section
 from pocl.trainer.checks import check_eval_rows, check_rows, check_setup, divergence_of, packs
@@ -44,8 +44,8 @@ class POCLTrainer(StagedTrainer):
 
     Args:
         model: the student, a Hugging Face causal language model or its PEFT wrapper.
-        teacher: `OnlineTeacher`, `HiddenStateCache` or anything with their two members; None trains on the labels
-            alone, where every stage has `kd_ratio` 0.
+        teacher: `OnlineTeacher`, `HiddenStateCache`, `TopKCache` or anything that is a `Teacher` or `LikelyTokens`;
+            None trains on the labels alone, where every stage has `kd_ratio` 0.
         args: settings.
         train_dataset: tokenised rows with `sample_id`, `input_ids`, `labels` (see `pocl.data.tokenize`).
         subsets: the subset of each row, 0 the easiest (see `pocl.difficulty.rank`); None puts all rows into subset 0.
@@ -73,7 +73,7 @@ class POCLTrainer(StagedTrainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: Teacher | None,
+        teacher: Teacher | LikelyTokens | None,
         args: POCLConfig,
         train_dataset: Any,
         subsets: Sequence[int] | None = None,
@@ -195,12 +195,13 @@ class POCLTrainer(StagedTrainer):
         """The stage's loss of one micro-batch, in nats per label token of the whole batch when their count is given."""
         if num_items_in_batch is None:
             num_items_in_batch = label_tokens(inputs["labels"]).clamp(min=1)
-        teacher = None if self.stage.kd_ratio == 0 else self.teacher
+        unheard = self.teacher is None or self.stage.kd_ratio == 0
+        teacher, head = (None, None) if unheard else signal_of(self.teacher, inputs)  # type: ignore[arg-type]
         call = DistillationLossCall(
             labels=inputs["labels"],
             positions=heads.label_positions(inputs),
-            teacher_hidden=None if teacher is None else teacher.hidden_states(inputs),
-            teacher_head=None if teacher is None else teacher.head,
+            teacher=teacher,
+            teacher_head=head,
             divergence=self.divergences[self.stage.index],
             temperature=self.stage.temperature,
             scale_by_temperature=self.args.scale_by_temperature,

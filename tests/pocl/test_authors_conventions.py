@@ -98,7 +98,7 @@ def ours(batch: dict[str, Tensor], recipe: Recipe, index: int) -> Tensor:
     call = DistillationLossCall(
         labels=batch["labels"],
         positions=positions,
-        teacher_hidden=heads.at_positions(batch["teacher_hidden"], positions),
+        teacher=heads.at_positions(batch["teacher_hidden"], positions),
         teacher_head=Head(batch["teacher_weight"]),
         divergence=divergences_of_stages(curriculum_of(recipe), divergence_of(recipe))[index],
         temperature=stage.temperature,

@@ -108,7 +108,7 @@ def test_a_student_that_cannot_be_trained_is_refused(make: Any, student: Any, te
 def test_a_teacher_must_be_one(make: Any) -> None:
     with pytest.raises(ValueError, match=r"bare LlamaForCausalLM; pass OnlineTeacher\(model\), or a HiddenStateCache"):
         make(trained_by=llama(24, 2, seed=2))
-    with pytest.raises(ValueError, match="must be an OnlineTeacher, a HiddenStateCache or None, got str"):
+    with pytest.raises(ValueError, match="must be an OnlineTeacher, a HiddenStateCache, a TopKCache or None, got str"):
         make(trained_by="teacher")
 
 
