@@ -87,7 +87,7 @@ def cpu_path() -> Iterator[None]:
 
     with (
         mock.patch.object(backend, "_multiply", nothing),
-        mock.patch.object(backend, "_parallel", nothing),
+        mock.patch.object(backend, "in_parallel", nothing),
         mock.patch.object(torch, "mm", skip),
         mock.patch.object(torch.Tensor, "addmm_", lambda tensor, *_, **__: tensor),
     ):

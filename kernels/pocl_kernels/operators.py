@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pocl_kernels.cpu import backend as cpu_backend
 from pocl_kernels.cpu import logits as cpu_logits
+from pocl_kernels.cpu import sparse as cpu_sparse
 from pocl_kernels.divergences import Divergence
-from pocl_kernels.plan import RESULTS, STATE_ROWS, Gradients, Inputs, Plan, Rows
+from pocl_kernels.plan import RESULTS, SPARSE_STATES, STATE_ROWS, Gradients, Inputs, Plan, Rows
 
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 """What a call may be given of, with nobody looking on."""
@@ -100,10 +101,10 @@ def _compute(
         plan = _plan_of_numbers(tuple(values), tuple(heads), workspace_mb, ignore_index, chosen, later)
     if given.student_weight is None:
         return logits_module(chosen.backend, given.student_hidden.device).divergence(given, plan, Gradients(*wanted))
+    if chosen.tail:
+        return sparse_module(chosen.backend, given.student_hidden.device).linear_sparse(given, plan, Gradients(*wanted))
     module = backend_module(chosen.backend, given.student_hidden.device)
     function = module.linear_divergence if chosen.divergence else module.linear_cross_entropy
-    if chosen.tail:
-        function = module.linear_sparse
     return function(given, plan, Gradients(*wanted))
 
 
@@ -155,7 +156,8 @@ def _(
     hidden, weight, dtype = given.student_hidden, given.student_weight, given.dtype
     keeps = chosen.memory == "low" and not any(wanted) and is_triton(chosen.backend, hidden.device)
     rows = given.row_scale.shape[0]
-    results, state = (RESULTS, rows), (STATE_ROWS, rows) if keeps else (0,)
+    states = STATE_ROWS if given.token_ids is None else SPARSE_STATES + given.token_ids.shape[1]
+    results, state = (RESULTS, rows), (states, rows) if keeps else (0,)
     if weight is None:
         gradient = hidden.new_empty(hidden.shape if wanted[0] else (0,), dtype=hidden.dtype if wanted[0] else dtype)
         others = [hidden.new_empty(shape, dtype=dtype) for shape in (results, (0,), (0,), state)]
@@ -190,6 +192,15 @@ def logits_module(backend: str, device: torch.device) -> ModuleType:
 
         return triton_logits
     return cpu_logits
+
+
+def sparse_module(backend: str, device: torch.device) -> ModuleType:
+    """As :func:`backend_module`, for sparse teachers."""
+    if is_triton(backend, device):
+        from pocl_kernels.triton_backend import sparse as triton_sparse
+
+        return triton_sparse
+    return cpu_sparse
 
 
 def is_triton(backend: str, device: torch.device) -> bool:

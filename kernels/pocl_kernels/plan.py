@@ -12,6 +12,7 @@ from torch import Tensor
 from pocl_kernels.divergences import Divergence
 
 STATE_ROWS = 7
+SPARSE_STATES = 11  # of a sparse teacher, beside one a token that it names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,6 +223,14 @@ def trace(divergence: Any) -> Program:
     return Program(tuple(n for n in recorder.nodes if n.index in needed), results[0], results[1], names)
 
 
+def slope_sum(divergence: Any, program: Program) -> float | None:
+    """``sum slope`` where it is the same for all rows, else None: -a for D = a KL(p, q), whose slope is -a p."""
+    if program.anchored or divergence.kl_weights is None:
+        return None
+    a, b = divergence.kl_weights
+    return -a if b == 0.0 else None
+
+
 def _recorded(divergence: Any, recorder: Recorder, function: str, *inputs: Scalar) -> Scalar:
     result = getattr(divergence, function)(*inputs)
     if isinstance(result, (int, float)):

@@ -54,10 +54,12 @@ def targets_of(inputs: Inputs, plan: Plan, rows: Any, V: int) -> Targets:
     assert inputs.log_probs is not None
     assert plan.divergence is not None
     ids, given = inputs.token_ids[rows].long(), inputs.log_probs[rows]
+    counts = (inputs.row_scale[rows] != 0)[:, None]
     there = ids != PADDING
-    log_probs = torch.where(there, given.double(), -torch.inf)
-    _check_ids(ids, there, V)
-    _check_log_probs(log_probs, given.dtype, plan.tail)
+    _check_ids(ids, there, counts, V)
+    there &= counts  # a row without weight, which a GPU keeps, may say anything
+    ids, log_probs = torch.where(there, ids, PADDING), torch.where(there, given.double(), -torch.inf)
+    _check_log_probs(log_probs, counts, given.dtype, plan.tail)
     tail, each = V - there.sum(1), not shares_tail(type(plan.divergence), plan.tail)
     count = tail.clamp(min=1).double().log()
     missing = torch.full_like(count, -torch.inf)
@@ -85,22 +87,23 @@ def hidden_mass(log_probs: Tensor, dtype: torch.dtype) -> Tensor:
     return eps / 2 * rounded + one / 2
 
 
-def _check_ids(ids: Tensor, there: Tensor, V: int) -> None:
-    inside = ((ids >= 0) & (ids < V)) | ~there
+def _check_ids(ids: Tensor, there: Tensor, counts: Tensor, V: int) -> None:
+    inside = ((ids >= 0) & (ids < V)) | ~there | ~counts
     require(inside, f"SparseTeacher.token_ids must be in [0, {V}), or {PADDING} for padding", ids)
     ordered = ids.sort(1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING) & counts
     require(~twice, "SparseTeacher.token_ids must not name a token twice in a position", ordered[:, 1:])
     message = "SparseTeacher.token_ids: a position that counts must have a token that is not padding"
-    require(there.any(1), message, ids[:, 0])
+    require(there.any(1, keepdim=True) | ~counts, message, ids[:, :1])
 
 
-def _check_log_probs(log_probs: Tensor, dtype: torch.dtype, tail: str) -> None:
+def _check_log_probs(log_probs: Tensor, counts: Tensor, dtype: torch.dtype, tail: str) -> None:
     excess = EXCESS if dtype.itemsize > 2 else EXCESS_16_BIT
     require(~torch.isnan(log_probs), "SparseTeacher.log_probs must not be NaN", log_probs)
     require(log_probs <= excess, "SparseTeacher.log_probs must be logarithms of probabilities, at most 0", log_probs)
-    total = log_probs.exp().sum(1)
+    total = log_probs.exp().sum(1, keepdim=True)
     message = f"SparseTeacher.log_probs: a position's probabilities must sum to 1 at most ({excess:g} for rounding)"
     require(total <= 1.0 + excess, message, total)
     if tail == "renormalise":
-        require(total > 0, "SparseTeacher.log_probs: probabilities to be scaled to 1 must not sum to 0", total)
+        message = "SparseTeacher.log_probs: probabilities that are to be scaled to 1 must not sum to 0"
+        require((total > 0) | ~counts, message, total)

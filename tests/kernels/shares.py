@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import warnings
@@ -14,8 +15,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pocl_kernels
-from pocl_kernels import Head, reference
+from pocl_kernels import Head, SparseTeacher, reference
 from tests.kernels.cases import Case, make_case, solve
+from tests.kernels.sparse_cases import double, sparse
+from tests.kernels.sparse_cases import oracle as sparse_oracle
 from tests.kernels.test_by_token import KINDS, RAMP, ROWS, one_by_one
 from tests.kernels.test_cross_entropy import OPTIONS, half_right
 from tests.kernels.test_cross_entropy import solve as solve_labels
@@ -67,6 +70,22 @@ def labels_alone(rank: int, options: dict[str, Any], dtype: torch.dtype, **setti
         assert error <= EXACT[dtype], (options, dtype, settings, name, error)
 
 
+def sparse_teacher(rank: int, tail: str, dtype: torch.dtype, **settings: Any) -> None:
+    """Of a teacher's likeliest tokens some lie in each share."""
+    case = sparse(make_case(ROWS, V, seed=3), 7, tail)
+    call = dict(divergence="jsd", temperature=2.0, ce_weight=0.3)
+    truth = sparse_oracle(case, **call)
+    head = Head(case.student_head.weight[slice(*BOUNDS[rank : rank + 2])])
+    mine = case.replace(student_head=head)
+    found = solve(
+        pocl_kernels.fused_linear_divergence, mine if dtype == torch.float32 else double(mine), **call, **settings
+    )
+    assert truth.weight is not None
+    truth = dataclasses.replace(truth, weight=truth.weight[slice(*BOUNDS[rank : rank + 2])])
+    for field, error in found.errors(truth).items():
+        assert error <= EXACT[dtype], (tail, dtype, settings, field, error)
+
+
 def everything(rank: int, backend: str, names: tuple[str, ...]) -> None:
     """On one process of two; raises at the first that is wrong."""
     settings = {"backend": backend, "process_group": dist.group.WORLD, "workspace_mb": SMALL}
@@ -74,6 +93,8 @@ def everything(rank: int, backend: str, names: tuple[str, ...]) -> None:
         for dtype in EXACT:
             for name in names if dtype == torch.float32 else names[:1]:
                 by_token(rank, name, dtype, memory=memory, **settings)
+            sparse_teacher(rank, "bucket", dtype, memory=memory, **settings)
+        sparse_teacher(rank, "uniform", torch.float32, memory=memory, **settings)
         for options in OPTIONS[:3]:
             labels_alone(rank, options, torch.float32, memory=memory, **settings)
         labels_alone(rank, OPTIONS[2], torch.float64, memory=memory, **settings)
@@ -82,6 +103,9 @@ def everything(rank: int, backend: str, names: tuple[str, ...]) -> None:
     labels_alone(rank, OPTIONS[3], torch.float32, memory="low", **settings)
     case = part_of(make_case(3, V), rank)
     outside = torch.tensor([0, V, 1])
+    beyond = SparseTeacher(torch.tensor([[0, V]] * 3), torch.tensor([[-1.0, -1.0]] * 3))
+    with pytest.raises((ValueError, RuntimeError), match=rf"token_ids must be in \[0, {V}\)"):
+        pocl_kernels.fused_linear_divergence(case.student_hidden, case.student_head, beyond, **settings)
     with pytest.raises((ValueError, RuntimeError), match="no process's share"):
         pocl_kernels.fused_linear_cross_entropy(case.student_hidden, case.student_head, outside, **settings)
 

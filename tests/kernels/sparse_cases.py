@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocl_kernels import Divergence, SparseTeacher, reference
@@ -51,3 +53,31 @@ def oracle(case: Case, *, divergence: str | Divergence = "fkl", **arguments: Any
     name, parameters = by_name(divergence)
     call = functools.partial(reference.fused_linear_divergence, divergence=name, **parameters)
     return solve(call, double(case), **arguments)
+
+
+def rows_of(case: Case, part: slice) -> Case:
+    """The case at some of its positions."""
+    teacher = case.teacher_hidden
+    assert isinstance(teacher, SparseTeacher)
+    few = SparseTeacher(teacher.token_ids[part], teacher.log_probs[part], teacher.tail, teacher.vocab_size)
+    return taught_by(
+        case.replace(student_hidden=case.student_hidden[part], labels=case.labels[part]),
+        few,
+    )
+
+
+def one_by_one(
+    case: Case,
+    kind: Callable[[float], str | Divergence],
+    numbers: Sequence[float],
+    temperatures: Sequence[float],
+    **call: Any,
+) -> Solution:
+    """Sums over the oracle's answers to one position each."""
+    parts = [
+        oracle.__wrapped__(rows_of(case, slice(i, i + 1)), divergence=kind(x), temperature=t, reduction="sum", **call)
+        for i, (x, t) in enumerate(zip(numbers, temperatures, strict=True))
+    ]
+    fields = {f.name: [getattr(p, f.name) for p in parts] for f in dataclasses.fields(Solution)}
+    sums = {name: None if x[0] is None else sum(x) for name, x in fields.items() if name != "hidden"}
+    return Solution(hidden=torch.cat(fields["hidden"]), **sums)  # type: ignore[arg-type]

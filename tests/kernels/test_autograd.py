@@ -142,7 +142,7 @@ def test_without_gradients_none_are_computed(
     def never(*_: Any) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(cpu_backend._Projection, "accumulate", never)
+    monkeypatch.setattr(cpu_backend.Projection, "accumulate", never)
     hidden, head, _ = leaves_of(case)
     with mode():
         out = engine(

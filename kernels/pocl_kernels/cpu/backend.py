@@ -24,10 +24,8 @@ from pocl_kernels.chunks import Rows as Taken
 from pocl_kernels.cpu import compiler, memory
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.eager import rows as eager
-from pocl_kernels.eager.sparse import sparse_rows
 from pocl_kernels.plan import RESULTS, Gradients, Inputs, Plan, Rows
 from pocl_kernels.scalar import Program, trace
-from pocl_kernels.targets import targets_of
 
 MAX_CHUNK_ROWS = 512  # GEMMs no longer gain beyond this, and a shorter chunk stays nearer to the caches
 LOGITS_SHARE = 0.97  # of the workspace; the rest is for slices in the making, rows of threads, the library's packing
@@ -48,10 +46,10 @@ def linear_divergence(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     assert inputs.teacher_weight is not None
     labels, row_scale = inputs.labels, inputs.row_scale
     chunks = Chunks(labels, row_scale, plan.ignore_index, by_weight=True)
-    student = _Projection(
+    student = Projection(
         inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, whole=chunks.all
     )
-    teacher = _Projection(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, V, dtype, NONE)
+    teacher = Projection(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, V, dtype, NONE)
     group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
     kernel = divergence_kernel(plan, dtype) if group is None else partial(eager.divergence_rows, group=group)
     share, want_grad = V if group is None else group.largest, any(wanted)
@@ -79,7 +77,7 @@ def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     assert inputs.student_weight is not None
     assert labels is not None
     chunks = Chunks(labels, row_scale, plan.ignore_index, by_weight=True)
-    student = _Projection(
+    student = Projection(
         inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, whole=chunks.all
     )
     assert chunks.labels is not None
@@ -99,33 +97,7 @@ def linear_cross_entropy(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
     return Rows(chunks.report(results.T), *student.gradients())
 
 
-def linear_sparse(inputs: Inputs, plan: Plan, wanted: Gradients) -> Rows:
-    """As :func:`linear_divergence`, of a sparse teacher: a cross-entropy's three products and its memory."""
-    V, dtype, labels, row_scale = plan.vocab_size or inputs.vocab_size, inputs.dtype, inputs.labels, inputs.row_scale
-    assert inputs.student_weight is not None
-    chunks = Chunks(labels, row_scale, plan.ignore_index, by_weight=True)
-    student = _Projection(
-        inputs.student_hidden, inputs.student_weight, inputs.student_bias, V, dtype, wanted, whole=chunks.all
-    )
-    group = parallel.VocabularyGroup(plan.process_group, V, row_scale.device) if plan.process_group else None
-    plan, scale = plan.at(chunks.index), chunks.gather(row_scale).to(dtype)
-    targets = targets_of(inputs, plan, chunks.index, V if group is None else group.total)
-    share = V if group is None else group.largest
-    results = torch.empty(chunks.count, RESULTS, dtype=dtype)
-    for rows, part in chunks.of(evened(chunks.count, rows_within(plan.workspace_mb, share * dtype.itemsize))):
-        z = student.project(rows)
-        own = None if chunks.labels is None else chunks.labels[part]
-        sparse_rows(
-            z, student.bias, targets.at(part), own, scale[part], plan.at(part), any(wanted), results[part], group
-        )
-        if any(wanted):
-            student.accumulate(rows, z)
-    if group is not None and student.grad_hidden is not None:
-        group.sum(student.grad_hidden)
-    return Rows(chunks.report(results.T), *student.gradients())
-
-
-class _Projection:
+class Projection:
     """One head applied to chunks of rows, and the gradients that flow back through it."""
 
     def __init__(
@@ -291,14 +263,14 @@ def _divergence_rows(
     scratch = torch.empty(threads * row)
     rate, coefficient, uniforms = _numbers_of(plan, program)
     arguments = (
-        V, zs.data_ptr(), zt.data_ptr(), (zs if gradient is None else gradient).data_ptr(), _pointer(places), n,
-        _pointer(bias_s), _pointer(bias_t), plan.student_scale, plan.student_softcap or 0.0, plan.teacher_scale,
-        plan.teacher_softcap or 0.0, _pointer(labels), _pointer(row_scale), _pointer(rate), _pointer(coefficient),
-        plan.ce_weight, _pointer(uniforms), uniforms.shape[1], plan.by_token,
+        V, zs.data_ptr(), zt.data_ptr(), (zs if gradient is None else gradient).data_ptr(), pointer(places), n,
+        pointer(bias_s), pointer(bias_t), plan.student_scale, plan.student_softcap or 0.0, plan.teacher_scale,
+        plan.teacher_softcap or 0.0, pointer(labels), pointer(row_scale), pointer(rate), pointer(coefficient),
+        plan.ce_weight, pointer(uniforms), uniforms.shape[1], plan.by_token,
     )  # fmt: skip
     first = scratch.data_ptr()
     own = [(first + 4 * row * thread, out.data_ptr(), want_grad) for thread in range(threads)]
-    _parallel(native, n, arguments, own)
+    in_parallel(native, n, arguments, own)
 
 
 def _numbers_of(plan: Plan, program: Program) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,18 +280,19 @@ def _numbers_of(plan: Plan, program: Program) -> tuple[Tensor, Tensor, Tensor]:
     if not plan.by_token:
         return _shared_numbers(type(plan.divergence), plan.temperature, plan.divergence_factor, *parameters)
     values = program.uniform_values(parameters)
-    return _as_table((1.0 / plan.temperature, plan.slope_coefficient, *values), len(plan.temperature))
+    return as_table((1.0 / plan.temperature, plan.slope_coefficient, *values), len(plan.temperature))
 
 
 @lru_cache(maxsize=256)  # every chunk asks, and a schedule has many numbers
 def _shared_numbers(kind: type[Divergence], temperature: float, factor: float, *parameters: float) -> Any:
     values = _program(kind)[0].uniform_values(parameters)
-    return _as_table((1.0 / temperature, factor / temperature, *values), 1)
+    return as_table((1.0 / temperature, factor / temperature, *values), 1)
 
 
-def _as_table(numbers: Sequence[Any], n: int) -> tuple[Tensor, Tensor, Tensor]:
-    rate, coefficient, *uniforms = (torch.as_tensor(x, dtype=torch.float64).float().expand(n) for x in numbers)
-    table = torch.stack(uniforms, 1) if uniforms else torch.empty(n, 0)
+def as_table(numbers: Sequence[Any], n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Two numbers ``[n]`` and the others ``[n, U]``, each of them one, or one a row."""
+    rate, coefficient, *uniforms = (torch.as_tensor(x, dtype=torch.float64).to(dtype).expand(n) for x in numbers)
+    table = torch.stack(uniforms, 1) if uniforms else torch.empty(n, 0, dtype=dtype)
     return rate.contiguous(), coefficient.contiguous(), table
 
 
@@ -343,20 +316,20 @@ def _cross_entropy_kernel(dtype: torch.dtype) -> Callable[..., None]:
     ) -> None:
         n, V = z.shape
         arguments = (
-            V, z.data_ptr(), _pointer(bias), plan.student_scale, plan.student_softcap or 0.0, _pointer(labels),
-            _pointer(row_scale), plan.label_smoothing, plan.z_loss, _pointer(out), want_grad,
+            V, z.data_ptr(), pointer(bias), plan.student_scale, plan.student_softcap or 0.0, pointer(labels),
+            pointer(row_scale), plan.label_smoothing, plan.z_loss, pointer(out), want_grad,
         )  # fmt: skip
-        _parallel(native, n, arguments, [()] * min(torch.get_num_threads(), n))
+        in_parallel(native, n, arguments, [()] * min(torch.get_num_threads(), n))
 
     return run
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     assert tensor is None or tensor.is_contiguous()
     return None if tensor is None else tensor.data_ptr()
 
 
-def _parallel(
+def in_parallel(
     function: Callable[..., None], rows: int, arguments: tuple[object, ...], own: Sequence[tuple[object, ...]]
 ) -> None:
     """Run the kernel over contiguous shares of the rows, one thread a share; ctypes releases the GIL.

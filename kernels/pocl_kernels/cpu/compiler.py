@@ -49,18 +49,33 @@ C_SYNTAX = {
     "abs": "fabsf({})",
 }
 
+DOUBLE_SYNTAX = C_SYNTAX | {"const": "({0})", "exp": "exp({})", "log": "log({})", "abs": "fabs({})"}
+AT_HAND = GIVEN | {"exp l": "q", "exp r": "p"}
+
 
 def divergence_source(program: Program) -> str:
     """C source of the divergence row kernel for one traced definition."""
     row, body = program.render(
         C_SYNTAX,
         lambda name, expression: f"const float {name} = {expression};",
-        given=GIVEN | {"exp l": "q", "exp r": "p"},
+        given=AT_HAND,
     )
     given = [f"const float {name_of(node)} = uniform[{i}];" for i, node in enumerate(program.uniforms)]
     text = (SOURCES / "divergence_rows.c").read_text("utf-8")
     text = text.replace("/*ROW*/", "\n    ".join(given + row))
     return text.replace("/*BODY*/", "\n            ".join(body))
+
+
+def sparse_source(program: Program) -> str:
+    """C source of the row kernel of sparse teachers: the definition in double and in single precision."""
+    text = (SOURCES / "sparse_rows.c").read_text("utf-8")
+    doubles = [f"const double {name_of(node)} = uniform[{i}];" for i, node in enumerate(program.uniforms)]
+    row, body = program.render(DOUBLE_SYNTAX, lambda name, x: f"const double {name} = {x};", given=AT_HAND)
+    text = text.replace("/*OUTCOME*/", "\n    ".join(doubles + row + body))
+    floats = [f"const float {name_of(node)} = (float)uniforms[{i}];" for i, node in enumerate(program.uniforms)]
+    row, body = program.render(C_SYNTAX, lambda name, x: f"const float {name} = {x};", given=AT_HAND)
+    text = text.replace("/*ROW*/", "\n    ".join(floats + row))
+    return text.replace("/*ENTRY*/", "\n            ".join(body))
 
 
 def cross_entropy_source() -> str:

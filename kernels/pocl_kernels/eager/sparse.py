@@ -84,6 +84,7 @@ def outcomes_of(
     labels: Tensor | None,  # [n]
     z_label: Tensor | None,  # [n]
     of_tail: Tensor | None = None,  # [2, n] sums of values and slopes over the tail, if each token has its own
+    slope_sum: float | None = None,  # known beforehand: a float sum of many equal terms is off by more than they are
 ) -> Outcomes:
     """Losses and gradients. A plan's numbers, one a token, are columns."""
     assert plan.divergence is not None
@@ -92,7 +93,7 @@ def outcomes_of(
     slopes = torch.where(there, plan.divergence.relative_slope(l, r, *student.anchor), 0.0)
     D, c = values.sum(1), slopes.sum(1)
     if of_tail is not None:
-        D, c = D + of_tail[0], c + of_tail[1]
+        D, c = D + of_tail[0], c + of_tail[1] if slope_sum is None else torch.full_like(c, slope_sum)
     results = torch.zeros(len(l), RESULTS, dtype=l.dtype, device=l.device)
     results[:, DIVERGENCE] = D
     results[:, ENTROPY] = -weighted(q, l).sum(1) + q[:, -1] * mass.entropy

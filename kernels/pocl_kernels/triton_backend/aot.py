@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,10 @@ from pocl_kernels.triton_backend import (
     cross_entropy_rows,
     divergence_rows,
     launch,
+    sparse_device,
+    sparse_gradient,
+    sparse_statistics,
+    sparse_values,
     tile_gradient,
     tile_statistics,
     tile_values,
@@ -81,7 +85,7 @@ class Report(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     widest_load: int  # bits
-    narrowest_load: int  # bits, in loops alone
+    narrowest_load: int  # bits, in loops alone; the widest there where another loop gathers a row's K tokens
     instructions: float  # an entry
 
     @property
@@ -105,11 +109,18 @@ def default_variants() -> list[tuple[Variant, str]]:
     chosen += [Variant("tile_statistics", name, "bf16", at_hand=True) for name in ("fkl", "jsd")]
     chosen += [Variant("tile_values", "jsd", "bf16", at_hand=True)]
     chosen += [Variant("tile_gradient", "jsd", "bf16", "bf16", at_hand=True)]
+    chosen += [
+        Variant("sparse_statistics"),
+        Variant("sparse_values", "jsd", labels=False, head=True),
+        Variant("sparse_gradient", "", "fp32", "fp32"),
+        Variant("sparse_gradient", "jsd", "fp32", "fp16", head=True),  # every token of the tail has its own slope
+    ]
     result = [(variant, target) for variant in chosen for target in TARGETS]
     for name in DIVERGENCES:
         result += [(Variant("divergence_rows", name, "fp32", "fp32"), "sm_90")]
         result += [(Variant("tile_gradient", name, "fp32", "fp32"), "sm_80")]
         result += [(Variant("tile_gradient", name, "bf16", "bf16", at_hand=True), "sm_90")]
+        result += [(Variant("sparse_gradient", name, "fp32", "fp32"), "sm_80")]
     return list(dict.fromkeys(result))
 
 
@@ -121,6 +132,9 @@ def all_variants() -> list[tuple[Variant, str]]:
             for gradient in ("", "fp32", "fp16"):
                 yield Variant("cross_entropy_rows", "", "fp32", gradient, head=head)
             yield Variant("tile_gradient", "", "fp32", "fp16", head=head)
+            for name in ("", *DIVERGENCES):
+                for gradient in ("fp32", "fp16"):
+                    yield Variant("sparse_gradient", name, "fp32", gradient, head, head)
             for labels in (False, True):
                 for name in ("", "fkl", "jsd"):
                     yield Variant("tile_statistics", name, "fp32", labels=labels, head=head)
@@ -144,6 +158,9 @@ def source(variant: Variant) -> ASTSource:
         "tile_statistics": tile_statistics,
         "tile_values": tile_values,
         "tile_gradient": tile_gradient,
+        "sparse_statistics": sparse_statistics,
+        "sparse_values": sparse_values,
+        "sparse_gradient": sparse_gradient,
     }[variant.kernel]
     kernel = getattr(module, variant.kernel)
     divergence = DIVERGENCES[variant.divergence]() if variant.divergence else None
@@ -160,6 +177,9 @@ def source(variant: Variant) -> ASTSource:
         "places": "*i64" if variant.at_hand else None,
         "n": "i32",
         "first": "i32",
+        "K": "i32",
+        "ids": "*i64",
+        "top": "*fp32",
         "uniforms": ("fp32",) * len(term.uniforms if term else ()),
     }
     known |= dict.fromkeys(("bias", "bias_s", "bias_t"), bias)
@@ -174,6 +194,7 @@ def source(variant: Variant) -> ASTSource:
         "BY_TOKEN": False,
         "TOP_TOO": divergence is not None and slope_sum(divergence) is None,
         "UNIT": ROW_ALIGNMENT,
+        "K_BLOCK": sparse_device.K_BLOCK,
         "BLOCK": launch.block(module.BLOCK, 2 if variant.logits == "bf16" else 4) if variant.at_hand else module.BLOCK,
     }
     signature, constexprs, attributes = {}, {}, {}
@@ -195,12 +216,13 @@ def compile_variant(variant: Variant, target: str) -> Report:
     compiled = triton.compile(code, target=gpu, options=launch.options(gpu.backend, gpu.warp_size))
     block = code.constants[(code.fn.arg_names.index("BLOCK"),)]
     entries = block // launch.THREADS
+    least = max if variant.kernel.startswith("sparse") else min
     if gpu.backend == "hip":
-        return read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared, entries)
-    return read_cubin(compiled.asm["cubin"], compiled.metadata.shared, entries)
+        return read_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared, entries, least)
+    return read_cubin(compiled.asm["cubin"], compiled.metadata.shared, entries, least)
 
 
-def read_cubin(cubin: bytes, shared: int, entries: int) -> Report:
+def read_cubin(cubin: bytes, shared: int, entries: int, least: Callable[[list[int]], int]) -> Report:
     """From NVIDIA's own tools, which come with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -217,10 +239,10 @@ def read_cubin(cubin: bytes, shared: int, entries: int) -> Report:
         found = [re.search(r"\bLDG\.E((?:\.\w+)*) ", line) for line in lines]
         return [next((int(n) for n in re.findall(r"\.[US]?(\d+)", f[1])), 32) for f in found if f]
 
-    return Report(int(registers[1]), spilled, shared, max(loads(lines)), min(loads(looped)), len(looped) / entries)
+    return Report(int(registers[1]), spilled, shared, max(loads(lines)), least(loads(looped)), len(looped) / entries)
 
 
-def read_amdgcn(text: str, shared: int, entries: int) -> Report:
+def read_amdgcn(text: str, shared: int, entries: int, least: Callable[[list[int]], int]) -> Report:
     """From the assembler's listing and the metadata at its end."""
 
     def number(pattern: str) -> int:
@@ -239,7 +261,7 @@ def read_amdgcn(text: str, shared: int, entries: int) -> Report:
         return [widths.get(f[1], 16) for f in found if f]
 
     registers = number(r"\.vgpr_count:\s+(\d+)")
-    return Report(registers, spilled, shared, max(loads(lines)), min(loads(looped)), len(looped) / entries)
+    return Report(registers, spilled, shared, max(loads(lines)), least(loads(looped)), len(looped) / entries)
 
 
 def _loops(lines: Sequence[str], label: str, branch: str) -> list[str]:

@@ -48,7 +48,7 @@ def forward(
     group: VocabularyGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Results of the valid rows ``[RESULTS, n]``, and their state ``[STATES, n]``."""
-    height, width = _shape(student, teacher, chunks, workspace_mb, group)
+    height, width = shape(student, teacher, chunks, workspace_mb, group)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     states = results.new_zeros(st.STATES, chunks.count)
     whole = task
@@ -111,7 +111,7 @@ def backward(
     group: VocabularyGroup | None,
 ) -> Grads:
     """Gradients of ``sum row_scale * loss``."""
-    height, width = _shape(student, teacher, chunks, workspace_mb, group)
+    height, width = shape(student, teacher, chunks, workspace_mb, group)
     weights = scaled_weights(student, row_scale, task.largest)
     whole = task
     for rows, part in chunks.of(height):
@@ -122,7 +122,7 @@ def backward(
         for tile in steps.tiles(student, teacher, width):
             _accumulate(student, tile, labels, weights[part], state, task, group)
         student.store(rows)
-    return _over(student, group)
+    return over(student, group)
 
 
 def at_once(
@@ -138,7 +138,7 @@ def at_once(
     weights = scaled_weights(student, row_scale, task.largest)
     results = torch.zeros(RESULTS, chunks.count, dtype=student.dtype, device=student.hidden.device)
     whole = task
-    size = _agreed(_whole_rows(student, teacher, chunks.count, workspace_mb), group, results.device)
+    size = agreed(whole_rows(student, teacher, chunks.count, workspace_mb), group, results.device)
     for rows, part in chunks.of(size):
         task = whole.at(part)
         labels = None if chunks.labels is None else chunks.labels[part]
@@ -154,7 +154,7 @@ def at_once(
         if any(student.wanted):
             _accumulate(student, tile, labels, weights[part], state, task, group)
             student.store(rows)
-    return results, _over(student, group)
+    return results, over(student, group)
 
 
 def check_labels(labels: Tensor, V: int, group: VocabularyGroup) -> None:
@@ -191,7 +191,7 @@ def _accumulate(
     student.accumulate(tile.columns, gradient)
 
 
-def _over(student: Projection, group: VocabularyGroup | None) -> Grads:
+def over(student: Projection, group: VocabularyGroup | None) -> Grads:
     """The gradients; that of the hidden states is a sum over the processes."""
     if group is not None and student.grad_hidden is not None:
         group.sum(student.grad_hidden)
@@ -212,7 +212,7 @@ def _offset(group: VocabularyGroup | None) -> int:
     return 0 if group is None else group.offset
 
 
-def _shape(
+def shape(
     student: Projection,
     teacher: Projection | None,
     chunks: Chunks,
@@ -221,10 +221,10 @@ def _shape(
 ) -> tuple[int, int]:
     projections = [student] if teacher is None else [student, teacher]
     height, width = tile_shape(chunks.count, [p.demand for p in projections], int(workspace_mb * MIB))
-    return _agreed(height, group, student.hidden.device), width
+    return agreed(height, group, student.hidden.device), width
 
 
-def _whole_rows(student: Projection, teacher: Projection | None, rows: int, workspace_mb: float) -> int:
+def whole_rows(student: Projection, teacher: Projection | None, rows: int, workspace_mb: float) -> int:
     """Rows of a chunk with this process's whole share of the vocabulary, gradients beside it."""
     demands = [p.demand for p in (student, teacher) if p is not None]
     free = int(workspace_mb * MIB) - sum(d.fixed for d in demands)
@@ -232,6 +232,6 @@ def _whole_rows(student: Projection, teacher: Projection | None, rows: int, work
     return evened(rows, max(1, min(most, 4 * MAX_CHUNK_ROWS)))
 
 
-def _agreed(rows: int, group: VocabularyGroup | None, device: torch.device) -> int:
+def agreed(rows: int, group: VocabularyGroup | None, device: torch.device) -> int:
     """Processes wait for each other at every chunk of rows: they must chunk alike even if their shares differ."""
     return rows if group is None else -int(group.maximum(torch.tensor([-rows], device=device)))

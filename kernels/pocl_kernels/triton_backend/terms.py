@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pocl_kernels import scalar
 from pocl_kernels.divergences import Divergence
 from pocl_kernels.scalar import GIVEN, Program, name_of, trace
 from pocl_kernels.triton_backend.device import exp
@@ -64,11 +65,8 @@ def function_of(kind: type[Divergence], by_token: bool = False) -> Any:
 
 
 def slope_sum(divergence: Divergence) -> float | None:
-    """``sum slope`` where it is the same for all rows, else None: -a for D = a KL(p, q), whose slope is -a p."""
-    if program_of(type(divergence)).anchored or divergence.kl_weights is None:
-        return None
-    a, b = divergence.kl_weights
-    return -a if b == 0.0 else None
+    """See :func:`pocl_kernels.scalar.slope_sum`."""
+    return scalar.slope_sum(divergence, program_of(type(divergence)))
 
 
 @functools.lru_cache(maxsize=256)  # every launch asks
