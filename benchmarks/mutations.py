@@ -4,7 +4,7 @@ Every mutation replaces one piece of text in a copy of the kernels and runs the 
 of its own. A mutation is *caught* if a test fails, *survives* if all pass, and is *stale* if its text is gone or the
 broken kernel does not even compile. Run as ``make mutations`` or::
 
-    python -m benchmarks.mutations [-j JOBS] [-k WORD]
+    python -m benchmarks.mutations [-j JOBS] [-k WORD] [--save]
 
 Exits with 1 unless every mutation is caught. Takes ten to twenty seconds of one core for each. How the Triton kernels
 are broken is in ``mutations_triton.py``.
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.measure import save_results
 from benchmarks.mutations_triton import MUTATIONS as TRITON
 from benchmarks.mutations_triton import Mutation
 
@@ -120,7 +121,7 @@ MUTATIONS = (
              "self.total = local_vocab_size", "parallel_losses"),
     Mutation("one process's gradient of shared labels", "cpu/backend.py",
              "    if group is not None and student.grad_hidden is not None:\n        group.sum(student.grad_hidden)\n"
-             "    return Rows(results.T", "    return Rows(results.T", "parallel_losses"),
+             "    return Rows(chunks", "    return Rows(chunks", "parallel_losses"),
     Mutation("another process's numbers by token", "eager/rows.py", "plan.at((part, None)",
              "plan.at((slice(0, 1), None)",
              "parallel_losses"),
@@ -128,8 +129,8 @@ MUTATIONS = (
              "cross_entropy:out_of_range"),
     Mutation("a negative z-loss", "cross_entropy.py", "0.0 <= z_loss < math.inf", "z_loss < math.inf",
              "cross_entropy:out_of_range"),
-    Mutation("the plain loss is differentiated", "cross_entropy.py", "Result(results[LOSS], results",
-             "Result(results[CROSS_ENTROPY], results", LABELS),
+    Mutation("the plain loss is differentiated", "cross_entropy.py", "Result(results, 1.0, 0.0",
+             "Result(results, 0.0, 1.0", LABELS),
     Mutation("a gradient for a frozen head", "cpu/backend.py",
              "memory.empty(weight.shape, dtype) if wanted.weight else None",
              "memory.empty(weight.shape, dtype)", "frozen_head"),
@@ -157,9 +158,10 @@ MUTATIONS = (
              "inputs:infinite_divergence_without_weight and eager-fast"),
     Mutation("a softcap hides what is broken", "eager/rows.py", " + (z - z)", "", "inputs:softcap and eager-fast"),
     # Chunks, products, threads
-    Mutation("mask by sign instead of by index", "arguments.py", "valid = labels != ignore_index",
-             "valid = labels >= 0", "laws:any_index and eager-fast"),
-    Mutation("ignored rows count", "plan.py", "counts & (labels != ignore_index)", "counts",
+    Mutation("mask by sign instead of by index", "arguments.py", "valid = flat != ignore_index",
+             "valid = flat >= 0", "laws:any_index and eager-fast"),
+    Mutation("ignored rows count", "plan.py", "(labels != ignore_index).logical_and_(row_scale)",
+             "row_scale",
              "autograd:broken_upstream and eager-low"),
     Mutation("every chunk overwrites dW", "cpu/backend.py", "            if self._first:", "            if True:",
              "laws:chunk_size and eager-fast"),
@@ -170,16 +172,43 @@ MUTATIONS = (
              "laws:chunk_size and eager-fast"),
     Mutation("padding takes part", "plan.py", "min(V, self.teacher_weight.shape[0])", "V",
              "laws:padded_vocabulary and eager-fast-student-fkl"),
-    Mutation("a thread skips its first row", "cpu/backend.py", "ctypes.c_int64(first), ctypes.c_int64(last)",
-             "ctypes.c_int64(first + (first > 0)), ctypes.c_int64(last)", "compiler:threads_share and compiled-fast-2"),
+    Mutation("a thread skips its first row", "cpu/backend.py", "(*share, *arguments",
+             "(share[0] + (share[0] > 0), share[1], *arguments", "compiler:threads_share and compiled-fast-2"),
+    Mutation("a lone thread skips its first row", "cpu/backend.py", "function(0, rows,", "function(1, rows,", FKL),
+    Mutation("threads share a row of scratch", "cpu/backend.py", "first + 4 * row * thread", "first",
+             "compiler:threads_share and compiled-fast-2"),
+    Mutation("numbers of another temperature", "cpu/backend.py", "(1.0 / temperature, factor / temperature,",
+             "(1.0 / temperature, factor,", FKL),
+    Mutation("the first teacher's chunk for all", "cpu/backend.py",
+             "slice(part.start - among.start, part.stop - among.start)", "slice(0, part.stop - part.start)",
+             "laws:chunk_size and eager-fast"),
+    Mutation("the first rows of a chunk for all", "chunks.py", "else x[part]", "else x[: part.stop - part.start]",
+             "laws:chunk_size and eager-fast"),
+    Mutation("gradients of rows that are not taken", "cpu/backend.py", "(torch.empty if whole else torch.zeros)(",
+             "(lambda *a, **k: torch.full(*a, 7.0, **k))(", "inputs:weight_zero and eager-fast"),
+    Mutation("results without the rows' weights", "autograd.py", "result.results * row_scale", "result.results", EAGER),
+    Mutation("a part without weight enters", "autograd.py", "if result.ce_weight == 1:", "if False:",
+             "inputs:infinite_divergence_without_weight and eager-fast"),
+    Mutation("the cross-entropy's share left out", "autograd.py", "if result.ce_weight == 0 else", "if True else",
+             EAGER),
+    Mutation("nothing divided by the count", "arguments.py", "scale.div_(divisor)", "scale", EAGER),
+    Mutation("nothing valid divided by nothing", "arguments.py", "if int(count) == 0:", "if False:",
+             "autograd:nothing_valid"),
+    Mutation("a number by token is another's", "operators.py", "ce_weight = heads[4]", "ce_weight = 0.0", BY_TOKEN),
+    Mutation("a gradient read as logits", "autograd.py", "return _place(logits) in places and", "return False and",
+             "logits_inplace:gradient_by_now"),
+    Mutation("another view's gradient", "autograd.py", "return _place(logits) in places and", "return bool(places) and",
+             "logits_inplace:gradient_by_now"),
+    Mutation("new logits in old memory refused", "autograd.py", "places and version == base._version", "places",
+             "logits_inplace:made_anew"),
     # Interface and autograd
     Mutation("T squared dropped", "api.py", "temperature**2 if scale_by", "1.0 if scale_by", EAGER),
     Mutation("T instead of T squared", "api.py", "temperature**2 if scale_by", "temperature if scale_by", EAGER),
     Mutation("divergence not diluted by the cross-entropy", "api.py", "(1.0 - ce_weight) * (", "1.0 * (", EAGER),
     Mutation("mean over ignored tokens too", "arguments.py", "count, scale = valid.sum(), valid.to(dtype)",
              "count, scale = torch.ones_like(labels).sum(), valid.to(dtype)", EAGER),
-    Mutation("label one beyond the vocabulary", "arguments.py", "(flat < vocab_size))).all()",
-             "(flat <= vocab_size))).all()", "inputs:outside_the_vocabulary or refused_by_name"),
+    Mutation("label one beyond the vocabulary", "arguments.py", "high.item() < vocab_size",
+             "high.item() <= vocab_size", "inputs:outside_the_vocabulary or refused_by_name"),
     Mutation("weights of ignored tokens count", "arguments.py", "torch.where(scale > 0, weight, scale)",
              "scale * weight", "laws:contents_of_ignored and eager-fast"),
     Mutation("gradients under no_grad", "api.py", 'mode == "fast" and torch.is_grad_enabled()', 'mode == "fast"',
@@ -253,7 +282,7 @@ MUTATIONS = (
     Mutation("a second backward pass from a gradient", "autograd.py", "if ctx.overwritten and (", "if False and (",
              "logits_inplace:second"),
     Mutation("no one is told that logits are a gradient", "autograd.py",
-             "torch.autograd.graph.increment_version(hidden)", "pass", "logits_inplace:saved"),
+             "torch.autograd.graph.increment_version(logits)", "pass", "logits_inplace:saved"),
     Mutation("a leaf overwritten", "logits.py", "if base.is_leaf and base.requires_grad:", "if False:",
              "logits_inplace:named"),
     Mutation("a teacher overwritten", "logits.py", "if first < other_last and other_first < last:", "if False:",
@@ -352,6 +381,7 @@ def sound(cache: Path) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-j", "--jobs", type=int, default=1, help="mutations at a time (default 1)")
+    parser.add_argument("--save", action="store_true", help="file the verdicts under benchmarks/results")
     parser.add_argument("-k", "--keyword", default="", help="only mutations whose description or file contains this")
     options = parser.parse_args()
     chosen = [m for m in (*MUTATIONS, *TRITON) if options.keyword in m.what or options.keyword in m.file]
@@ -363,9 +393,13 @@ def main() -> int:
             print("These tests fail on the kernels as they are:", *broken, sep="\n  ")
             return 1
         counts: dict[str, int] = {}
+        verdicts: dict[str, list[str]] = {}
         with ThreadPoolExecutor(options.jobs) as pool:
             for mutation, (verdict, detail) in zip(chosen, pool.map(lambda m: judge(m, cache), chosen), strict=True):
                 counts[verdict] = counts.get(verdict, 0) + 1
+                verdicts[f"{mutation.file}: {mutation.what}"] = [verdict, detail]
+                if options.save:  # as it goes: an hour's work must not be lost
+                    save_results("mutations", {"verdicts": verdicts})
                 print(f"{verdict:9}{mutation.file:25}{mutation.what:52}{detail}", flush=True)
     print(
         ", ".join(f"{n} {verdict}" for verdict, n in counts.items()),

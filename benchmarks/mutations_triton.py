@@ -163,8 +163,10 @@ MUTATIONS = (
     Mutation("one temperature for all tokens", ROWS, "tl.load(inv_T + row)", "tl.load(inv_T)", OWN_NUMBERS + "fast"),
     Mutation("other rows' numbers", "triton_backend/steps.py", "rate=rate[part].clone()", "rate=rate.flip(0)",
              OWN_NUMBERS + "low"),
-    Mutation("rows without weight count", "plan.py", "counts = row_scale != 0", "counts = row_scale == row_scale",
+    Mutation("rows without weight count", "plan.py", ".logical_and_(row_scale)", "",
              LOSSES + "weight_zero and fast"),
+    Mutation("an infinite result without weight", "chunks.py", "torch.where(self._weights == 0, 0.0, results)",
+             "results", LOSSES + "weight_zero and low"),
     Mutation("rows without weight count where nothing is labelled", DEVICE, "tl.where(w == 0.0, 0.0, w * jacobian",
              "tl.where(w == -1.0, 0.0, w * jacobian", LOSSES + "weight_zero and low"),
 )  # fmt: skip

@@ -18,6 +18,10 @@ Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor, list[bool], Tensor
 Gradient = Tensor | Callable[[Tensor | None], Tensor]
 
 
+OVERWRITTEN = "_pocl_overwritten"
+"""Attribute of a tensor: its version when gradients were last written over it, and over which of its views."""
+
+
 class Result(NamedTuple):
     """One run of a kernel: the results of each row, what the loss takes of them, and the gradients (None, empty: not
     wanted).
@@ -71,7 +75,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.overwritten = result.overwritten
         if result.overwritten:
-            torch.autograd.graph.increment_version(hidden)
+            _note_overwritten(hidden)
         ctx.ready = result.gradients if now and any(wanted) else None
         parts = result.results * row_scale
         if not total:
@@ -113,7 +117,7 @@ class FusedLoss(torch.autograd.Function):
             result = ctx.run(hidden, weight, bias, row_scale * upstream, ctx.wanted, state, constants)
             if result.overwritten:
                 ctx.overwritten = True
-                torch.autograd.graph.increment_version(hidden)
+                _note_overwritten(hidden)
             gradients = result.gradients
             upstream = None  # it is in the weights of the rows
         else:
@@ -121,6 +125,26 @@ class FusedLoss(torch.autograd.Function):
         return tuple(
             _scaled(g, upstream, d) if w else None for g, d, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
         )
+
+
+def holds_gradient(logits: Tensor) -> bool:
+    """Whether a gradient was written over these very entries and nothing has been written there since."""
+    base = logits if logits._base is None else logits._base
+    version, places = getattr(base, OVERWRITTEN, (None, frozenset()))
+    return _place(logits) in places and version == base._version
+
+
+def _note_overwritten(logits: Tensor) -> None:
+    """Raise the version of logits that are a gradient now, for whoever saved them, and remember it with the tensor."""
+    base = logits if logits._base is None else logits._base
+    version, places = getattr(base, OVERWRITTEN, (None, frozenset()))
+    others: frozenset[Any] = places if version == base._version else frozenset()
+    torch.autograd.graph.increment_version(logits)
+    setattr(base, OVERWRITTEN, (base._version, others | {_place(logits)}))
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.shape, x.stride()
 
 
 def _mixed(parts: Tensor, result: Result) -> Tensor:

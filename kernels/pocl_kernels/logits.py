@@ -19,7 +19,7 @@ from pocl_kernels.arguments import (
     run_time_numbers,
     shared_vocab_size,
 )
-from pocl_kernels.autograd import FusedLoss, Result
+from pocl_kernels.autograd import FusedLoss, Result, holds_gradient
 from pocl_kernels.divergences import Divergence, get_divergence
 from pocl_kernels.modes import check_backend, without_autocast
 from pocl_kernels.operators import Choices, is_triton
@@ -55,9 +55,10 @@ def fused_divergence(
         teacher_logits: ``[..., V_t]``, same leading shape, any of these dtypes. Vocabularies may differ by padding at
             the end, which takes no probability and gets a zero gradient.
         inplace: write the gradient over the student's logits: no memory beside theirs. Do not read them after this
-            call: from then on, or from the backward pass on, they are the gradient. Needs logits that are no leaf and
-            share no memory with the teacher's. To go backward twice raises, and so does a function that saved the
-            logits for its own backward pass. Nothing is written where no gradient is wanted, nor under torch.compile.
+            call: from then on, or from the backward pass on, they are the gradient, and to pass the same tensor or view
+            again raises. Needs logits that are no leaf and share no memory with the teacher's. To go backward twice
+            raises, and so does a function that saved the logits for its own backward pass. Nothing is written where no
+            gradient is wanted, nor under torch.compile.
         process_group: the processes that share the vocabulary, each with the same consecutive columns of both models'
             logits, in rank order; labels are global token ids. Gradients belong to each process's columns.
 
@@ -76,6 +77,11 @@ def fused_divergence(
     check_backend(backend, student_logits.device)
     flat_labels, valid = flattened_labels(labels, student_logits, ignore_index, vocab_size)
     row_scale, count = row_factors(student_logits, valid, token_weight, reduction, normalizer)
+    if not torch.compiler.is_compiling() and holds_gradient(student_logits):
+        raise ValueError(
+            "student_logits hold the gradient that an earlier call wrote over them (inplace=True): make the logits "
+            "anew, or pass inplace=False to the first call to use them twice"
+        )
     wants_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and wants_gradient and not torch.compiler.is_compiling()
     if inplace:

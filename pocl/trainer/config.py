@@ -13,7 +13,7 @@ from pocl.devices import accelerator
 from pocl.interval import Interval
 from pocl.launcher import check_launcher_precision
 
-LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy", "kl_to_teacher")
+LOWER_IS_BETTER = ("loss", "divergence", "cross_entropy", "student_entropy", "teacher_entropy", "kl_to_teacher")
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pocl.curriculum import Stage
 
-NAMES = ("loss", "divergence", "cross_entropy", "student_entropy", "router_loss", "num_tokens")
+ENTROPIES = ("student_entropy", "teacher_entropy")
+NAMES = ("loss", "divergence", "cross_entropy", *ENTROPIES, "mean_token_accuracy", "router_loss", "num_tokens")
 
 
 class Figures:

@@ -57,8 +57,10 @@ class DistillationLossCall:
         hidden = heads.at_positions(hidden, self.positions)
         labels = heads.shifted_labels(self.labels).flatten().index_select(0, self.positions)
         if self.teacher is None:
-            loss = fused_linear_cross_entropy(hidden, head, labels, reduction="mean", normalizer=self.normalizer)
-            return {"loss": loss, "cross_entropy": loss.detach()}
+            found = fused_linear_cross_entropy(
+                hidden, head, labels, reduction="mean", normalizer=self.normalizer, parts=True
+            )
+            return {"loss": found.loss, "cross_entropy": found.cross_entropy, "mean_token_accuracy": found.accuracy}
         given = len(self.teacher.token_ids if isinstance(self.teacher, SparseTeacher) else self.teacher)
         if len(hidden) != given:
             raise ValueError(
@@ -78,11 +80,14 @@ class DistillationLossCall:
             normalizer=self.normalizer,
         )
         assert output.cross_entropy is not None
+        assert output.accuracy is not None
         return {
             "loss": output.loss,
             "divergence": output.divergence,
             "cross_entropy": output.cross_entropy,
             "student_entropy": output.student_entropy,
+            "teacher_entropy": output.teacher_entropy,
+            "mean_token_accuracy": output.accuracy,
         }
 
 

@@ -52,7 +52,8 @@ class POCLTrainer(StagedTrainer):
         curriculum: stages; the default is the paper's. Stages start from the best checkpoint of the stage before where
             `args.load_best_model_at_end` is set, from its last weights otherwise.
         eval_dataset: tokenised rows. The metrics are `eval_loss` (of the stage), `eval_divergence`,
-            `eval_cross_entropy` and `eval_student_entropy`, in nats per label token.
+            `eval_cross_entropy`, `eval_student_entropy` and `eval_teacher_entropy`, in nats per label token, and
+            `eval_mean_token_accuracy`: the share of label tokens that are the student's likeliest.
         processing_class: the tokenizer; its padding token pads, and it is saved with the student.
         divergence: name or instance; a stage's `skew` replaces its skew.
         compute_generation_metrics: called with the student at every evaluation, on every process; returns further

@@ -41,6 +41,26 @@ def test_a_second_backward_pass_needs_the_logits(backend: str, reduction: str) -
         torch.autograd.grad(loss, z)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inplace", [True, False])
+def test_logits_that_are_a_gradient_by_now_are_refused(backend: str, inplace: bool) -> None:
+    z = logits()
+    both = z[:3], z[3:]
+    for part, teacher in zip(both, (Y[:3], Y[3:]), strict=True):  # views of one tensor, each once
+        fused_divergence(part, teacher, inplace=True, backend=backend).loss.backward(retain_graph=True)
+    for again in (both[0], z[:3], z[3:]):
+        with pytest.raises(ValueError, match="hold the gradient that an earlier call wrote over them"):
+            fused_divergence(again, Y[:3], inplace=inplace, backend=backend)
+
+
+def test_logits_made_anew_in_the_same_memory_are_logits() -> None:
+    z = logits()
+    expected = fused_divergence(z, Y, inplace=True).loss.detach()
+    with torch.no_grad():
+        z.copy_(X)
+        assert torch.equal(fused_divergence(z, Y).loss, expected)
+
+
 def test_a_derivative_of_a_gradient_over_the_logits_is_refused() -> None:
     z = logits()
     with pytest.raises(RuntimeError, match="create_graph=True"):

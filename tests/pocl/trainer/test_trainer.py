@@ -43,6 +43,8 @@ def test_a_curriculum_runs_to_its_end_and_lowers_the_divergence(student, teacher
     assert {"kd_ratio", "learning_rate", "cross_entropy", "student_entropy", "tokens_per_second", "epoch"} <= set(
         lines[0]
     )
+    assert 0.0 <= lines[0]["mean_token_accuracy"] <= 1.0
+    assert lines[0]["teacher_entropy"] > 0.0
 
 
 def test_the_first_logged_loss_is_the_formula_on_the_models_own_logits(student, teacher, config, rows, subsets) -> None:
@@ -61,6 +63,9 @@ def test_the_first_logged_loss_is_the_formula_on_the_models_own_logits(student, 
     first = log_of(args)[0]
     assert first["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert first["divergence"] == pytest.approx(divergence.item(), rel=1e-5)
+    assert first["teacher_entropy"] == pytest.approx(-(log_p.exp() * log_p).sum(-1).mean().item(), rel=1e-5)
+    right = (z_s.argmax(-1) == labels[chosen]).double().mean().item()
+    assert first["mean_token_accuracy"] == pytest.approx(right, abs=1e-6)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
