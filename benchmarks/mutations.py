@@ -6,22 +6,23 @@ broken kernel does not even compile. Run as ``make mutations`` or::
 
     python -m benchmarks.mutations [-j JOBS] [-k WORD] [--save]
 
-Exits with 1 unless every mutation is caught. Takes ten to twenty seconds of one core for each. How the Triton kernels
+Exits with 1 unless every mutation is caught. Takes about three seconds of one core for each. How the Triton kernels
 are broken is in ``mutations_triton.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from benchmarks.measure import save_results
 from benchmarks.mutations_triton import MUTATIONS as TRITON
@@ -29,6 +30,9 @@ from benchmarks.mutations_triton import Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "kernels/pocl_kernels"
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ["torch", "torch._dynamo", "torch.testing", "torch.distributed", "torch.multiprocessing", "triton",
+             "triton.language", "triton.runtime.interpreter", "hypothesis.strategies", "pytest"]  # fmt: skip
 
 # Selections of tests, `file[:expression]`, each narrow enough for a second or two.
 FKL = "exactness:unrelated_models_in_float32 and compiled-fast-fkl"
@@ -333,17 +337,50 @@ def copy_tree(target: Path) -> None:
     compiler.write_text(compiler.read_text().replace('"-O3"', '"-O0"'))
 
 
-def run_tests(tree: Path, tests: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    """pytest on a copied tree; ``tests`` is ``file`` or ``file:expression``."""
+class Run(NamedTuple):
+    """What pytest said."""
+
+    code: int
+    output: str
+
+
+def run_tests(tree: Path, tests: str, cache: Path) -> Run:
+    """pytest on a copied tree; ``tests`` is ``file`` or ``file:expression``.
+
+    In a process forked from one that has imported torch and triton already, which take longer than most tests.
+    """
+    with tempfile.NamedTemporaryFile("r", prefix="pocl-mutation-output-") as output:
+        process = CONTEXT.Process(target=_pytest, args=(str(tree), tests, str(cache), output.name))
+        process.start()
+        process.join(600)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return Run(process.exitcode or 0, output.read())
+
+
+def _pytest(tree: str, tests: str, cache: str, output: str) -> NoReturn:
+    # Both the oracle of the copy and its kernels must be the ones that are tested, not the installed ones.
+    here = [tree, f"{tree}/kernels"]
+    ours = {str(ROOT), str(ROOT / "kernels"), ""}
+    sys.path[:] = [*here, *(x for x in sys.path if x not in ours)]
+    assert "pocl_kernels" not in sys.modules
+    os.environ |= {"PYTHONPATH": os.pathsep.join(here), "POCL_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    os.environ.pop("POCL_TEST_ENGINES", None)
+    os.chdir(tree)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     file, _, expression = tests.partition(":")
     folder, _, name = file.rpartition("/")
-    # Both the oracle of the copy and its kernels must be the ones that are tested, not the installed ones.
-    paths = os.pathsep.join([str(tree), str(tree / "kernels")])
-    environment = os.environ | {"PYTHONPATH": paths, "POCL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    environment.pop("POCL_TEST_ENGINES", None)
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported already
     command += [f"tests/kernels/{folder}/test_{name}.py", *(["-k", expression] if expression else [])]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    import pytest
+
+    code = int(pytest.main(command))
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def judge(mutation: Mutation, cache: Path) -> tuple[str, str]:
@@ -357,14 +394,14 @@ def judge(mutation: Mutation, cache: Path) -> tuple[str, str]:
             return "stale", f"{mutation.old!r} is not in {mutation.file}"
         file.write_text(text.replace(mutation.old, mutation.new))
         result = run_tests(tree, mutation.tests, cache)
-    output = result.stdout + result.stderr
+    output = result.output
     if "did not compile" in output:
         return "stale", "the broken kernel does not compile"
-    if result.returncode == 0:
+    if result.code == 0:
         return "survived", mutation.tests
     failed = next((line for line in output.splitlines() if line.startswith("FAILED ")), "")
-    if result.returncode != 1 or not failed:
-        return "stale", f"pytest exited with {result.returncode}: {output.strip().splitlines()[-1][:120]}"
+    if result.code != 1 or not failed:
+        return "stale", f"pytest exited with {result.code}: {output.strip().splitlines()[-1][:120]}"
     return "caught", failed.split("::")[-1].split(" - ")[0]
 
 
@@ -374,8 +411,8 @@ def sound(cache: Path) -> Iterator[str]:
         copy_tree(Path(folder))
         for tests in sorted({m.tests for m in (*MUTATIONS, *TRITON)}):
             result = run_tests(Path(folder), tests, cache)
-            if result.returncode:
-                yield f"{tests}: {result.stdout.strip().splitlines()[-1]}"
+            if result.code:
+                yield f"{tests}: {(result.output.strip().splitlines() or ['nothing said'])[-1]}"
 
 
 def main() -> int:
@@ -386,6 +423,8 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [m for m in (*MUTATIONS, *TRITON) if options.keyword in m.what or options.keyword in m.file]
     started = time.monotonic()
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    CONTEXT.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="pocl-mutation-cache-") as folder:
         cache = Path(folder)
         broken = [] if options.keyword else list(sound(cache))
