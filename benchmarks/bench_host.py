@@ -24,11 +24,11 @@ import torch
 
 import pocl_kernels
 from benchmarks.measure import machine, save_results
+from benchmarks.targets import HOST_LIMITS
 from pocl_kernels import operators
 
 ROWS, VOCABULARY, HIDDEN = 64, 256, 16
 CALLS = 200
-TARGETS = {"a call, Triton path": 300.0, "a call, CPU path": 150.0, "a launch": 25.0}
 
 
 def microseconds(function: Callable[[], Any], calls: int = CALLS) -> list[float]:
@@ -125,7 +125,7 @@ def launch() -> Callable[[], Any]:
 
 
 def measure() -> dict[str, list[float]]:
-    """Microseconds of everything in :data:`TARGETS`."""
+    """Microseconds of everything in :data:`HOST_LIMITS`."""
     torch.set_num_threads(1)
     found = {}
     with triton_path():
@@ -144,7 +144,7 @@ def main() -> int:
     found = measure()
     for name, samples in found.items():
         median, spread = statistics.median(samples), (samples[-len(samples) // 10] - samples[len(samples) // 10]) / 2
-        print(f"{name:24}{median:>9.0f} us  +- {spread:>4.0f}   target {TARGETS[name]:.0f}")
+        print(f"{name:24}{median:>9.0f} us  +- {spread:>4.0f}   target {HOST_LIMITS[name]:.0f}")
     if options.save:
         print(f"filed in {save_results('host', {'host': found})}")
     return 0

@@ -63,6 +63,10 @@ def results_page(results: Results) -> str:
         for subject in ("loss", "loss-gpu"):
             if subjects.get(subject):
                 lines += losses_of(subjects[subject], pictures=name == main_machine(results) and subject == "loss")
+        if subjects.get("logits"):
+            lines += logits_of(subjects["logits"])
+        if subjects.get("frozen-head"):
+            lines += frozen_heads_of(subjects["frozen-head"])
         if subjects.get("kernels-gpu"):
             lines += kernels_of(subjects["kernels-gpu"])
     if not any("loss-gpu" in subjects for subjects in results.values()):
@@ -171,6 +175,46 @@ def cell(values: Mapping[str, Any], name: str, unit: str) -> str:
         return "-"
     peak = values["rows"][name]["peak_bytes"]
     return f"{statistics.median(ratios(values, name)):.2f}" + ("" if peak is None else f", {peak / 2**20:,.0f} {unit}")
+
+
+def logits_of(entries: Entries) -> list[str]:
+    """The divergence of logits at hand, against what a trainer would use otherwise."""
+    lines = ["", "### Logits at hand, forward and backward", ""]
+    lines += [
+        "`python -m benchmarks.bench_logits --save`; the floor reads both models' logits once and writes the gradient"
+    ]
+    lines += ["once. Memory is the peak beyond both models' logits."]
+    for entry in entries.values():
+        values = entry.values
+        lines += ["", f"**{values['tokens']:,} tokens, vocabulary {values['vocabulary']:,}, {values['dtype']}**, "
+                  f"{values['logits_bytes'] / 2**20:,.0f} MiB a model; {entry.date}, {entry.machine}", ""]  # fmt: skip
+        lines += ["| | ms | spread | over the floor | memory, MiB | error |", "|---|---:|---:|---:|---:|---:|"]
+        for name, row in values["rows"].items():
+            time = "| | "
+            if row["seconds"]:
+                timing = Timing(tuple(row["seconds"]))
+                over = statistics.median(ratios(values, name))
+                time = f"{1e3 * timing.median:.1f} | {timing.spread:.1%} | {over:.2f}"
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+            error = "" if row["error"] is None else f"{row['error']:.1e}"
+            lines.append(f"| {name} | {time} | {peak} | {error} |")
+        lines += [f"| {name} | does not run: {reason} | | | | |" for name, reason in values["failed"].items()]
+    return lines
+
+
+def frozen_heads_of(entries: Entries) -> list[str]:
+    """A head that is not trained against one that is."""
+    lines = ["", "### A head that is not trained", "", "`python -m benchmarks.bench_frozen_head --save`"]
+    for entry in entries.values():
+        values = entry.values
+        lines += ["", f"**{values['tokens']:,} tokens, half ignored, vocabulary {values['vocabulary']:,}, hidden "
+                  f"{values['hidden'][0]}, {values['dtype']}**; {entry.date}, {entry.machine}", ""]  # fmt: skip
+        lines += ["| | seconds | spread | memory, MiB | products |", "|---|---:|---:|---:|---:|"]
+        for name, row in values["rows"].items():
+            timing = Timing(tuple(row["seconds"]))
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+            lines.append(f"| {name} | {timing.median:.3g} | {timing.spread:.1%} | {peak} | {row['products']:.2f} |")
+    return lines
 
 
 def kernels_of(entries: Entries) -> list[str]:

@@ -13,6 +13,7 @@ from benchmarks.measure import Entry
 from benchmarks.problems import key
 
 Entries = Mapping[str, Entry]  # of one subject, by key
+HOST_LIMITS = {"a call, Triton path": 300.0, "a call, CPU path": 150.0, "a launch": 25.0}
 TRL = "TRL ChunkedDivergenceFunction"
 
 
@@ -149,6 +150,20 @@ def scratch(memory: str, limit: float, growth: float | None = None) -> Callable[
     return read
 
 
+def worst_of_grid(values: Any) -> list[Measured]:
+    """The worst place of each backend; an entry is (error over what is allowed, where)."""
+    out = []
+    for backend, divergences in values.items():
+        (size, where), name, quantity = max((divergences[n][q], n, q) for n in divergences for q in divergences[n])
+        out.append(Measured(f"{backend}: {size:.2f} ({name}, {quantity}; {where})", size <= 1.0))
+    return out
+
+
+def microseconds(name: str, limit: float) -> Callable[[Any], list[Measured]]:
+    """The median of many calls."""
+    return lambda values: [Measured(f"{(t := statistics.median(values[name])):.0f} us", t <= limit)]
+
+
 def spills(values: Any) -> list[Measured]:
     bad = [name for name, report in values.items() if report["spilled_bytes"]]
     targets = {name.rsplit(" ", 1)[1] for name in values}
@@ -203,12 +218,26 @@ EXACTNESS = Group(
             "<= 1.2",
             part("bf16", worst_ratio(1.2, ("loss", "hidden", "weight"))),
         ),
+        Target(
+            "sharp and flat, near and far, T from 0.5 to 4, both modes and backends: error over max(3e-6, PyTorch's)",
+            "<= 1",
+            part("grid", worst_of_grid),
+        ),
         Target("scratch memory, `fast`, V = 151,936", "<= 256 MiB", part("scratch", scratch("fast", 256.0))),
         Target(
             "scratch memory, `low`, V = 151,936",
             "<= 128 MiB, the same for any N within 10 %",
             part("scratch", scratch("low", 128.0, growth=1.1)),
         ),
+    ),
+)
+
+HOST = Group(
+    "The losses: time of the host, 64 tokens, beyond products and kernels",
+    "host",
+    "python -m benchmarks.bench_host --save",
+    tuple(
+        Target(name, f"<= {limit:g} us", part("host", microseconds(name, limit))) for name, limit in HOST_LIMITS.items()
     ),
 )
 
@@ -418,4 +447,4 @@ DATA = Group(
     ),
 )
 
-GROUPS = (LOSSES, EXACTNESS, COMPILED, DIFFICULTY, TRAINING, DATA)
+GROUPS = (LOSSES, EXACTNESS, HOST, COMPILED, DIFFICULTY, TRAINING, DATA)

@@ -37,8 +37,10 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "unrelated": {"fkl": {"loss": 1e-7, "hidden": 1e-6, "weight": 1e-6}},
         "near": {"fkl": {"loss": [1e-6, 1e-3], "hidden": [1e-6, 1e-6], "weight": [1e-6, 1e-6]}},
         "bf16": {"fkl": {"loss": [1e-6, 1e-6], "hidden": [1e-6, 1e-6], "weight": [1e-6, 1e-6]}},
+        "grid": {"cpu": {"fkl": {"loss": [0.1, "far"], "hidden": [0.9, "near"], "weight": [0.8, "far"]}}},
         "scratch": {"fast": {"512": 200.0, "8192": 250.0}, "low": {"512": 100.0, "8192": 101.0}},
     },
+    "host": {"host": {"a call, Triton path": [250.0], "a call, CPU path": [140.0, 145.0], "a launch": [11.0]}},
     "compiled": {"kernels": {"divergence_rows jsd sm_90": {"registers": 40, "spilled_bytes": 0}}},
     "difficulty": {
         "score": {"samples": 256, "times": TIMES},
@@ -123,6 +125,20 @@ def test_a_missed_target_is_shown_and_asks_for_its_reason(folder: Path) -> None:
     assert row.endswith("| **no** |")
     assert "**V = 151,936, fkl: 1.10 (0.99 to 1.32)**" in row
     assert "Why some are missed:" in page
+
+
+def test_logits_and_frozen_heads_have_tables(folder: Path) -> None:
+    row = {"seconds": [0.1, 0.1], "peak_bytes": 2**20, "error": 1e-7}
+    rows = {"floor": row | {"error": None}, "pocl, fkl": row, "pocl, fkl, over the logits": row | {"seconds": None}}
+    shape = {"tokens": 8, "vocabulary": 50, "dtype": "float32"}
+    save_results("logits", {"a": shape | {"logits_bytes": 2**20, "rows": rows, "failed": {"Liger": "no GPU"}}}, folder)
+    heads = {"frozen head": {"seconds": [0.2], "peak_bytes": 2**20, "products": 3.0}}
+    save_results("frozen-head", {"V": shape | {"hidden": [4, 4], "rows": heads}}, folder)
+    page = render.results_page(load_results(folder))
+    assert "| pocl, fkl | 100.0 | 0.0% | 1.00 | 1 | 1.0e-07 |" in page
+    assert "| pocl, fkl, over the logits | | |  | 1 | 1.0e-07 |" in page
+    assert "| Liger | does not run: no GPU | | | | |" in page
+    assert "| frozen head | 0.2 | 0.0% | 1 | 3.00 |" in page
 
 
 def test_pictures_are_drawn_for_light_and_dark_pages(folder: Path, tmp_path: Path) -> None:
