@@ -29,6 +29,8 @@ app = typer.Typer(
     epilog="Settings of a recipe are changed by --key value or --section.key value; pocl keys lists them all.",
 )
 
+_OWN_PROCESS = False  # whether this process is a `pocl` command and nothing else
+
 _OVERRIDES: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 _RecipeArgument = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe such as quickstart.")]
 _Change = Annotated[
@@ -332,6 +334,10 @@ def _run(
 
         recipe = load_recipe(name, overrides)
         folders.append(Path(recipe.output))
+        if (dry_run or as_json) and _OWN_PROCESS:
+            from pocl.pipeline.lean import import_leanly
+
+            import_leanly()
         quiet_libraries()
         if dry_run or as_json:
             from pocl.pipeline import plan
@@ -424,6 +430,8 @@ def _aside(console: Console, as_json: bool) -> Console:
 def main() -> None:
     """Entry point of the `pocl` command. A polite kill is told and resumed from like Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    global _OWN_PROCESS
+    _OWN_PROCESS = True
     app()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl.pipeline.foresight import seconds_left
 from pocl.report.run import read_log
 from pocl.run_folder import MANIFEST, RECIPE, RunFolderError
 from pocl.run_lock import LOCK, user_of
@@ -23,8 +24,9 @@ def status_of(folder: Path) -> dict[str, Any]:
 
     Returns:
         `name`; `state`: finished, running, stopped or empty; `user` (host, pid, since) while it runs; `steps`: each
-        with `name`, `state` (finished, running, stopped, waiting) and `seconds`; `training`: optimizer `step` of
-        `steps`, `seconds_left` of it, the last `figures` and `validation`; `results` by model; `bytes` on disk.
+        with `name`, `state` (finished, running, stopped, waiting), `seconds` and `seconds_left`; `seconds_left` of the
+        whole run, steps not begun among it, None where nothing tells; `training`: optimizer `step` of `steps`,
+        `seconds_left` of it, the last `figures` and `validation`; `results` by model; `bytes` on disk.
 
     Raises:
         RunFolderError: the folder is not that of a run.
@@ -36,12 +38,15 @@ def status_of(folder: Path) -> dict[str, Any]:
     if (folder / MANIFEST).is_file():
         records = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["steps"]
     user = user_of(folder)
+    training = _training(folder, recipe, records)
+    left = seconds_left(folder, planned, records, _progress(folder, recipe, records, training), running=bool(user))
     steps = []
     for name in planned:
         record = records.get(name, {})
         state = record.get("state", "waiting")
         state = {"started": "running" if user else "stopped"}.get(state, state)
-        steps.append({"name": name, "state": state, "seconds": record.get("seconds")})
+        step = {"name": name, "state": state, "seconds": record.get("seconds")}
+        steps.append(step | {"seconds_left": None if left is None else round(left[1].get(name, 0.0))})
     states = {step["state"] for step in steps}
     state = "running" if user else "finished" if states == {"finished"} else "stopped" if records else "empty"
     return {
@@ -50,7 +55,8 @@ def status_of(folder: Path) -> dict[str, Any]:
         "state": state,
         "user": user,
         "steps": steps,
-        "training": _training(folder, recipe, records),
+        "seconds_left": 0 if states == {"finished"} else None if left is None else round(left[0]),
+        "training": training,
         "results": records.get("evaluation", {}).get("summary", {}).get("metrics", {}),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
     }
@@ -96,6 +102,17 @@ def _training(folder: Path, recipe: Any, records: Mapping[str, Any]) -> dict[str
     return found
 
 
+def _progress(folder: Path, recipe: Any, records: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, float]:
+    """Of steps that tell it by what they wrote, the share that is done."""
+    found = {}
+    if records.get("training", {}).get("state") == "started" and training.get("steps"):
+        found["training"] = training["step"] / training["steps"]
+    if records.get("evaluation", {}).get("state") == "started":
+        models = 2 + bool(recipe.warmup.epochs) + recipe.evaluation.include_teacher
+        found["evaluation"] = min(1.0, len(list((folder / "evaluation").glob("*.json"))) / models)
+    return found
+
+
 def print_status(found: Mapping[str, Any], console: Console) -> None:
     """The same for a person."""
     from pocl.pipeline.engine import duration
@@ -107,10 +124,11 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
             f"  process {user.get('pid')} on host {user.get('host')} since {user.get('since')}", highlight=False
         )
     for step in found["steps"]:
-        took = "" if step["seconds"] is None or step["state"] == "waiting" else f" in {duration(step['seconds'])}"
-        console.print(
-            f"  {step['state']:9} {step['name']}{took if step['state'] == 'finished' else ''}", highlight=False
-        )
+        done = f" in {duration(step['seconds'])}" if step["state"] == "finished" else ""
+        done = f", about {duration(step['seconds_left'])} left" if step["seconds_left"] else done
+        console.print(f"  {step['state']:9} {step['name']}{done}", highlight=False)
+    if found["state"] != "finished" and found["seconds_left"] is not None:
+        console.print(f"About {duration(found['seconds_left'])} left in all", highlight=False)
     training = found["training"]
     if training:
         of = f" of {training['steps']:,}" if "steps" in training else ""

@@ -120,6 +120,18 @@ def batch_size_of(recipe: Recipe) -> int:
     return recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes
 
 
+def even_parts(recipe: Recipe, count: int) -> list[int] | None:
+    """The subset of each of `count` rows, easiest first, as if equal parts were cut; None where they are too few."""
+    parts = recipe.curriculum.num_stages
+    return None if count < parts else [min(i // (count // parts), parts - 1) for i in range(count)]
+
+
+def steps_of(recipe: Recipe, count: int) -> list[int]:
+    """Optimizer steps of each stage on `count` training rows."""
+    subsets, batch = even_parts(recipe, count) or [], batch_size_of(recipe)
+    return list(curriculum_of(recipe, subsets, batch).stage_steps(subsets, batch))
+
+
 def staged_values(recipe: Recipe, name: str) -> tuple[float, ...]:
     """A schedule of the recipe, one number a stage."""
     section = recipe.curriculum

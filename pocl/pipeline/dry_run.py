@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pocl.pipeline.context import Context, naming_folder, source_fingerprint
 from pocl.pipeline.disk import check_disk, existing_parent, size_in_words
 from pocl.pipeline.engine import Step, fingerprints
+from pocl.pipeline.estimate import Lengths, lengths_of
 from pocl.recipe import Recipe
 from pocl.run_folder import MANIFEST, RunFolder
 
@@ -57,8 +59,13 @@ class Findings:
             what.append(text)
 
 
-def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, change: bool = False) -> Findings:
+def look(
+    recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, change: bool = False
+) -> tuple[Findings, Lengths | None]:
     """Look at settings, models, rows, folder and disk; call it where the hub's libraries are offline.
+
+    Returns:
+        What was found, and how long rows are; None where the tokenizer or the data is not on this machine.
 
     Args:
         recipe: what is asked for.
@@ -70,7 +77,7 @@ def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, cha
     from pocl.pipeline.preflight import check_settings
     from pocl.pipeline.run import check_precision
 
-    found = Findings()
+    found, lengths = Findings(), None
     names = [step.name for step in steps]
     with found.collecting():
         check_precision(recipe)
@@ -80,16 +87,16 @@ def look(recipe: Recipe, steps: Sequence[Step], examples: Dataset | None, *, cha
         with found.collecting():
             check_hub(recipe)
     with found.collecting():
-        _check_models(recipe, names, examples)
+        lengths = _check_models(recipe, names, examples)
     with found.collecting():
         _look_at_folder(recipe, steps, found, change)
     pending = [name for name in names if found.steps.get(name) != "done"]
     with found.collecting():
         found.disk = check_disk(recipe, pending)
-    return found
+    return found, lengths
 
 
-def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None) -> None:
+def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None) -> Lengths | None:
     """Tokenizers, weights as far as their headers go, and the lengths of some rows.
 
     Raises:
@@ -114,9 +121,13 @@ def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None
     tokenizer = context.tokenizer()
     if "models" in names and recipe.student.model:
         check_vocabularies(tokenizer, teacher_tokenizer(context))
-    if examples is not None and len(examples):
-        rows = context.tokenize(examples.select(range(min(len(examples), SAMPLES))))
-        check_lengths(context, "train", rows)
+    if examples is None or not len(examples):
+        return None
+    started = time.perf_counter()
+    rows = context.tokenize(examples.select(range(min(len(examples), SAMPLES))))
+    seconds = time.perf_counter() - started
+    check_lengths(context, "train", rows)
+    return lengths_of(rows, seconds)
 
 
 def _refuse_unmade(section: TeacherSection | StudentSection) -> None:

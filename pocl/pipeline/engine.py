@@ -50,9 +50,15 @@ def fingerprints(steps: Sequence[Step]) -> dict[str, str]:
 
 
 def run_steps(
-    steps: Sequence[Step], context: Context, folder: RunFolder, console: Console, processes: Processes
+    steps: Sequence[Step],
+    context: Context,
+    folder: RunFolder,
+    console: Console,
+    processes: Processes,
+    *,
+    after: Mapping[str, Callable[[], None]] | None = None,
 ) -> None:
-    """Run what is not done yet, in order.
+    """Run what is not done yet, in order; `after` a step that is done, by its name, the first process does more.
 
     Only the first process writes the folder's manifest; all come out of a step together.
 
@@ -66,6 +72,7 @@ def run_steps(
         if record is not None:
             console.print(f"{head} [dim]done before, in {duration(record['seconds'])}[/dim]", highlight=False)
             context.summaries[step.name] = record["summary"]
+            processes.first((after or {}).get(step.name, _nothing))
             continue
         note = " [yellow](goes on where it was cut off)[/yellow]" if resumes else ""
         console.print(f"{head}  {step.why}{note}", highlight=False, soft_wrap=True)
@@ -88,6 +95,10 @@ def run_steps(
         context.summaries[step.name] = summary
         took = duration(time.perf_counter() - started)
         console.print(f"      [green]done[/green] in {took}. {summary['note']}", highlight=False, soft_wrap=True)
+        processes.first((after or {}).get(step.name, _nothing))
+
+
+def _nothing() -> None: ...
 
 
 def _begin(folder: RunFolder, step: Step, mark: str) -> tuple[dict[str, Any] | None, bool]:

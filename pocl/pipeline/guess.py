@@ -1,10 +1,12 @@
-"""How long training may take, guessed before any weight is loaded: the flops of a step over this machine's speed."""
+"""What a model is, said before any weight is loaded: its configuration, its parameters, a skeleton of it."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pocl.embedded import EMBEDDED, evenly_spaced, shortened, teacher_folder
@@ -13,35 +15,94 @@ from pocl.recipe import Recipe
 from pocl.recipe.models import StudentSection, TeacherSection
 
 CHARACTERS_PER_TOKEN = 4.0  # of English in the usual vocabularies
-EFFICIENCY = 0.5  # of a training step against one large matrix product
-
-
-def seconds_per_step(recipe: Recipe, texts: Iterable[str], *, cached: bool) -> float | None:
-    """Seconds of one optimizer step of one process, without evaluations and sampled responses; a guess, within some 3x.
-
-    A token costs 6 flops for each parameter of the student, and 2 for each of an online teacher.
-
-    Args:
-        recipe: what is planned.
-        texts: prompt and response of some samples, for their mean length.
-        cached: whether the teacher's hidden states come from a cache.
-
-    Returns:
-        None where a model's configuration is not on this machine, or no text is.
-    """
-    lengths = [min(len(text) / CHARACTERS_PER_TOKEN, recipe.data.max_length) for text in texts]
-    student, teacher = num_parameters(recipe, student=True), num_parameters(recipe, student=False)
-    if not lengths or student is None or teacher is None:
-        return None
-    rows = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
-    tokens = rows * sum(lengths) / len(lengths)
-    return tokens * (6 * student + (0 if cached else 2 * teacher)) / (EFFICIENCY * flops_per_second(recipe))
 
 
 def num_parameters(recipe: Recipe, *, student: bool) -> int | None:
-    """Parameters by the model's configuration alone; None where that is not on this machine."""
+    """Parameters, tied ones once, by the names and shapes in the files of the weights, or the configuration alone.
+
+    None where neither is on this machine. The files are asked first: a model's code takes seconds to import.
+    """
+    with contextlib.suppress(Exception):  # whatever files hold: the configuration tells, too
+        if (counted := _counted(recipe, student=student)) is not None:
+            return counted
     model = skeleton(recipe, student=student)
     return None if model is None else sum(parameter.numel() for parameter in model.parameters())
+
+
+def _counted(recipe: Recipe, *, student: bool) -> int | None:
+    from safetensors import safe_open
+
+    section, kept = _section(recipe, student=student)
+    if section is None:
+        return None
+    config = _configuration(section)
+    text = config.get_text_config(decoder=True)
+    total = text.num_hidden_layers
+    layers, rest = dict.fromkeys(range(total), 0), 0
+    files = _weights(section)
+    if not files or text is not config or getattr(config, "quantization_config", None):
+        return None
+    for file in files:
+        with safe_open(file, framework="numpy") as weights:
+            for name in weights.keys():  # noqa: SIM118 - no mapping
+                shape = weights.get_slice(name).get_shape()
+                mask = len(shape) == 4 and shape[:2] == [1, 1]  # of GPT-2's files: a constant
+                if mask or (name.endswith("lm_head.weight") and config.tie_word_embeddings):
+                    continue
+                found = re.search(r"\.(\d+)\.", f".{name}")
+                if found is None:
+                    rest += math.prod(shape)
+                elif (layer := int(found[1])) in layers:
+                    layers[layer] += math.prod(shape)
+                else:
+                    return None
+    return rest + sum(layers[layer] for layer in kept(total)) if all(layers.values()) else None
+
+
+def _weights(section: TeacherSection | StudentSection) -> list[Path]:
+    """The files of a model's weights, in its folder or in the hub's cache; none of an adapter."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(_place(section))
+    if not folder.is_dir():
+        config = try_to_load_from_cache(str(folder), "config.json", revision=section.revision)
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return [] if (folder / "adapter_config.json").is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _section(recipe: Recipe, *, student: bool) -> tuple[TeacherSection | StudentSection | None, Any]:
+    """The section that a model's files go by, and which of its layers are kept; None of one that a recipe makes."""
+    if recipe_of(recipe.student.model if student else recipe.teacher.model) is not None:
+        return None, None
+    if student and recipe.student.model:
+        return recipe.student, range
+    if not student:
+        return recipe.teacher, range
+    return recipe.teacher, lambda total: kept_layers(recipe.student, total)
+
+
+def kept_layers(section: StudentSection, total: int) -> Sequence[int]:
+    """The layers of a teacher with `total` that the student takes."""
+    dropped = section.drop or ()
+    return evenly_spaced(total, section.cut) if section.cut else [i for i in range(total) if i not in dropped]
+
+
+def configuration_of(recipe: Recipe, *, student: bool) -> Any:
+    """The model's configuration, with the layers that it has; None where it is not on this machine."""
+    other = recipe_of(recipe.student.model if student else recipe.teacher.model)
+    if other is not None:
+        return configuration_of(other, student=True)  # whether it is made or not
+    section: TeacherSection | StudentSection = recipe.teacher
+    if student and recipe.student.model:
+        section = recipe.student
+    with contextlib.suppress(Exception):  # a plan is possible without, whatever a configuration holds
+        config = _configuration(section)
+        if student and recipe.student.from_teacher:
+            return shortened(config, kept_layers(recipe.student, config.num_hidden_layers))
+        return config
+    return None
 
 
 def skeleton(recipe: Recipe, *, student: bool) -> Any:
@@ -49,22 +110,12 @@ def skeleton(recipe: Recipe, *, student: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    other = recipe_of(recipe.student.model if student else recipe.teacher.model)
-    if other is not None:
-        return skeleton(other, student=True)  # whether it is made or not
-    section: TeacherSection | StudentSection = recipe.teacher
-    if student and recipe.student.model:
-        section = recipe.student
-    with contextlib.suppress(Exception):  # a plan is possible without, whatever a configuration holds
-        config = _configuration(section)
-        if student and recipe.student.from_teacher:
-            total, dropped = config.num_hidden_layers, recipe.student.drop or ()
-            cut = recipe.student.cut
-            config = shortened(
-                config, evenly_spaced(total, cut) if cut else [i for i in range(total) if i not in dropped]
-            )
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    config = configuration_of(recipe, student=student)
+    section = recipe.student if student and recipe.student.model else recipe.teacher
+    if config is None:
+        return None
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     return None
 
 
@@ -73,31 +124,19 @@ def _configuration(section: TeacherSection | StudentSection) -> Any:
 
     from pocl.models import adapter_base
 
-    source = str(folder_of(section.model or "") or section.model)
-    if source == EMBEDDED:
-
-        def not_now(text: str) -> None:
-            raise LookupError(text)
-
-        source = str(teacher_folder(on_convert=not_now))
-    source = adapter_base(str(source)) or source
+    source = _place(section)
+    source = adapter_base(source) or source
     return AutoConfig.from_pretrained(
         source, revision=section.revision, trust_remote_code=section.trust_remote_code, local_files_only=True
     )
 
 
-def flops_per_second(recipe: Recipe, size: int | None = None) -> float:
-    """Of a square matrix product in the recipe's precision, on the device that trains; takes about 0.1 s."""
-    import torch
+def _place(section: TeacherSection | StudentSection) -> str:
+    source = str(folder_of(section.model or "") or section.model)
+    if source != EMBEDDED:
+        return source
 
-    from pocl.devices import accelerator
+    def not_now(text: str) -> None:
+        raise LookupError(text)
 
-    device = accelerator() or torch.device("cpu")
-    size = size or (1024 if device.type == "cpu" else 8192)
-    matrix = torch.ones(size, size, device=device, dtype=getattr(torch, recipe.training.precision))
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # the number makes the host wait for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    return str(teacher_folder(on_convert=not_now))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pocl.data.tables import values_of
-from pocl.pipeline.curricula import curriculum_of, teacher_passes
+from pocl.pipeline.curricula import batch_size_of, curriculum_of, even_parts, teacher_passes
 from pocl.pipeline.dry_run import Findings
+from pocl.pipeline.engine import duration
+from pocl.pipeline.estimate import Estimate, estimate
 from pocl.pipeline.guess import CHARACTERS_PER_TOKEN
 from pocl.pipeline.steps import build_steps
 from pocl.pipeline.training import divergence_parameters, plans_cache, scales_by_temperature
@@ -27,7 +29,7 @@ class Plan:
     steps: list[tuple[str, str]]
     """Name and purpose of each step."""
     stages: list[dict[str, str]]
-    """A row for each stage (see `Curriculum.table`), with a guess of its time where the models' sizes are known."""
+    """A row for each stage (see `Curriculum.table`), with its time where that could be estimated."""
     num_samples: int | None
     """Training samples, empty ones included; where the data cannot be read, `data.num_train`, which may be None."""
     unread: str
@@ -38,13 +40,16 @@ class Plan:
     """The divergence with its parameters, and its factor."""
     findings: Findings
     """What would end the run, and what becomes of its folder."""
+    estimate: Estimate | None
+    """Time and disk of each step that is to be done, by rates measured on this machine; None where the models or the
+    data are not on it."""
 
 
 def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan:
     """Stages, samples, steps, temperatures and learning rates of a recipe, and what would end its run.
 
-    Reads the data, and the models' configurations and tokenizers, where they are on this machine; fetches nothing,
-    loads no weights, writes nothing.
+    Reads the data, and the models' configurations and tokenizers, where they are on this machine, and times layers of
+    their shape for a second or two; fetches nothing, loads no weights, writes nothing.
 
     Args:
         recipe: what is asked for.
@@ -57,44 +62,41 @@ def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan
     from pocl.data.corpus import is_corpus
     from pocl.errors import in_words
     from pocl.pipeline.dry_run import content_of, look
-    from pocl.pipeline.guess import seconds_per_step
     from pocl.pipeline.prepare import split_examples
     from pocl.pipeline.run import needed_for
 
     steps = needed_for(build_steps(recipe, content=content_of(recipe)), until, recipe)
-    count, unread, seconds, problem, train = recipe.data.num_train, "", None, "", None
+    count, unread, problem, train, corpus = recipe.data.num_train, "", "", None, False
+    counts: dict[str, int] = {}
     try:
         with _offline():
-            train = split_examples(recipe)["train"]
-            count = len(train)
-            some = train.select(range(min(count, 1000)))
-            texts = [prompt + response for prompt, response in zip(some["prompt"], some["response"], strict=True)]
-            if is_corpus(train.column_names):
-                count, texts = blocks_of(recipe, train)
-            seconds = seconds_per_step(recipe, texts, cached=plans_cache(recipe))
+            splits = split_examples(recipe)
+            train = splits["train"]
+            corpus = is_corpus(train.column_names)
+            counts = {name: blocks_of(recipe, rows) if corpus else len(rows) for name, rows in splits.items()}
+            count = counts["train"]
     except ConnectionError:
         unread = "they are not on this machine, and a plan fetches nothing"
     except Exception as error:  # whatever a file or a loader may raise: a plan is possible without
         unread = f"{type(error).__name__}: {error}"
         problem = in_words(error)
-    if train is not None and len(train) < recipe.curriculum.num_stages and not is_corpus(train.column_names):
+    if train is not None and len(train) < recipe.curriculum.num_stages and not corpus:
         problem = (
             f"{len(train)} training samples cannot fill the {recipe.curriculum.num_stages} stages of "
             "curriculum.num_stages: use fewer stages or more data"
         )
     with _offline():
-        findings = look(recipe, steps, train, change=change)
-    findings.problems[:0] = [problem] if problem else []
+        findings, lengths = look(recipe, steps, train, change=change)
+        findings.problems[:0] = [problem] if problem else []
+        made = None
+        if lengths is not None and count and not findings.problems:
+            pending = [step.name for step in steps if findings.steps.get(step.name) != "done"]
+            made = estimate(recipe, pending, counts, lengths, corpus=corpus)
     count = recipe.training.draw or count
-    parts = recipe.curriculum.num_stages
-    training = recipe.training
-    subsets = (
-        None if count is None or count < parts else [min(i // max(1, count // parts), parts - 1) for i in range(count)]
-    )
-    batch_size = training.batch_size * training.gradient_accumulation_steps
-    stages = curriculum_of(recipe, subsets, batch_size).table(subsets, batch_size, seconds_per_step=seconds)
-    for number, row in enumerate(stages):  # columns that fit a terminal, and a guess that looks like one
-        row |= {"time": f"~{row['time']}"} if "time" in row else {}
+    subsets, batch_size = even_parts(recipe, count or 0), batch_size_of(recipe)
+    stages = curriculum_of(recipe, subsets, batch_size).table(subsets, batch_size)
+    for number, row in enumerate(stages):  # columns that fit a terminal
+        row |= {"time": f"~{duration(made.stages[number])}"} if made and made.stages else {}
         stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}
     return Plan(
         [(step.name, step.why) for step in steps],
@@ -104,15 +106,16 @@ def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan
         _teacher(recipe),
         _loss(recipe),
         findings,
+        made,
     )
 
 
-def blocks_of(recipe: Recipe, train: Dataset) -> tuple[int, list[str]]:
-    """How many blocks the texts of a corpus make, a guess, and one of them."""
+def blocks_of(recipe: Recipe, train: Dataset) -> int:
+    """How many blocks the texts of a corpus make, a guess."""
     size = int(recipe.data.max_length * CHARACTERS_PER_TOKEN)
     lengths = [len(text) for text in values_of(train, "text")]
     joined = recipe.data.blocks == "joined"
-    return -(-sum(lengths) // size) if joined else sum(-(-length // size) for length in lengths), ["x" * size]
+    return -(-sum(lengths) // size) if joined else sum(-(-length // size) for length in lengths)
 
 
 def _loss(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pocl.pipeline.disk import size_in_words
+from pocl.pipeline.engine import duration
 from pocl.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,11 +24,13 @@ def print_plan(made: Plan, recipe: Recipe, console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
     found = made.findings
+    of = made.estimate.steps if made.estimate else []
+    took = {step.name: f" [dim]~{duration(step.seconds)}, {size_in_words(step.bytes)}[/dim]" for step in of}
     say(f"[bold]Plan of {escape(recipe.name)}[/bold], into {escape(recipe.output)}")
     for number, (name, why) in enumerate(made.steps, start=1):
         state = found.steps.get(name, "to do")
         note = "" if state == "to do" else f" [yellow]({escape(state)})[/yellow]"
-        say(f"  {number}. [bold]{name}[/bold]{note}  {why}")
+        say(f"  {number}. [bold]{name}[/bold]{note}{took.get(name, '')}  {why}")
     samples = f"{made.num_samples:,} training samples" if made.num_samples else "An unknown number of samples"
     if made.unread:
         samples += f" ({'at most; ' if made.num_samples else ''}the data cannot be read: {escape(made.unread)})"
@@ -35,15 +38,18 @@ def print_plan(made: Plan, recipe: Recipe, console: Console) -> None:
     say(f"Loss: {made.loss}.")
     if found.disk:
         listing = ", ".join(f"{name} {size_in_words(size)}" for name, size in found.disk.items())
-        say(f"Disk: {size_in_words(sum(found.disk.values()))} at the least ({listing}), without the teacher's cache.")
+        say(f"Disk while it runs: {size_in_words(sum(found.disk.values()))} at the least ({listing}).")
+    if made.estimate:
+        say(
+            f"About {duration(made.estimate.seconds)} and {size_in_words(made.estimate.bytes)} in the end, by layers "
+            "of the models' shapes timed on this machine just now."
+        )
     # one space between columns, so that the longest table fits into 80
     table = Table(*made.stages[0], box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for row in made.stages:
         table.add_row(*row.values())
     console.print()
     console.print(table)
-    if any("time" in row for row in made.stages):
-        say("[dim]Times are guesses from the models' sizes, right within a factor of three or so.[/dim]")
     for text in found.unknown:
         say(f"[yellow]Not looked at:[/yellow] {escape(text)}")
     for text in found.problems:

@@ -27,13 +27,15 @@ def check_settings(recipe: Recipe, pending: Collection[str]) -> None:
         return
     from pocl.pipeline.extra import check_extra
     from pocl.pipeline.lora import check_lora
-    from pocl.trainer.config import check_reporters
 
     check_extra(recipe.training.extra)
-    try:
-        check_reporters(recipe.training.report_to)
-    except ValueError as error:
-        raise ValueError(f"training.{error}") from error
+    if recipe.training.report_to:  # the trainer's module takes a second to import
+        from pocl.trainer.config import check_reporters
+
+        try:
+            check_reporters(recipe.training.report_to)
+        except ValueError as error:
+            raise ValueError(f"training.{error}") from error
     check_lora(recipe)
     if recipe.student.dtype == "float16" and not recipe.student.lora:  # adapters are float32 in any case
         raise ValueError(

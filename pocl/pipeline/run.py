@@ -12,10 +12,11 @@ from pocl.launcher import check_launcher_precision
 from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.disk import check_disk
 from pocl.pipeline.engine import Step, fingerprints, run_steps
+from pocl.pipeline.foresight import foresee
 from pocl.pipeline.hub import check_hub
 from pocl.pipeline.made import make_models
 from pocl.pipeline.preflight import check_settings
-from pocl.pipeline.steps import CACHE, RANKING, REPORT, UPLOAD, build_steps
+from pocl.pipeline.steps import CACHE, DATA, MODELS, RANKING, REPORT, UPLOAD, build_steps
 from pocl.recipe import Recipe
 from pocl.run_folder import RunFolder, RunFolderError, differences
 from pocl.run_lock import only_user
@@ -76,7 +77,8 @@ def run(
         if UPLOAD in pending:
             processes.first(lambda: check_hub(recipe))
         processes.first(lambda: check_disk(recipe, pending))
-        run_steps(needed, context, folder, context.console, processes)
+        later = {DATA: lambda: foresee(context, [name for name in pending if name not in (MODELS, DATA)])}
+        run_steps(needed, context, folder, context.console, processes, after={} if context.console.quiet else later)
     return path
 
 

@@ -1,11 +1,12 @@
-"""The guess of how long training may take."""
+"""What is said of a model before its weights are loaded."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from pocl.embedded import cut_layers
+from pocl.embedded import cut_layers, drop_layers
 from pocl.pipeline import guess
 from pocl.recipe import Recipe, build_recipe
 
@@ -29,23 +30,31 @@ def test_parameters_are_counted_by_configurations_alone(
     assert guess.num_parameters(own, student=True) == make_tiny_model().num_parameters()
 
 
-def test_a_step_costs_the_flops_of_its_tokens(tiny_teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guess, "flops_per_second", lambda recipe: 1e9)
-    made = recipe(tiny_teacher_folder, training={"batch_size": 3, "gradient_accumulation_steps": 2})
-    student, teacher = (guess.num_parameters(made, student=student) for student in (True, False))
-    assert student is not None
-    assert teacher is not None
-    texts = ["a" * 40, "a" * 80, "a" * 9999]  # 10, 20 and, cut, 100 tokens
-    tokens = 6 * (10 + 20 + 100) / 3
-    cached, online = (guess.seconds_per_step(made, texts, cached=cached) for cached in (True, False))
-    assert cached == pytest.approx(tokens * 6 * student / 0.5e9)
-    assert online == pytest.approx(tokens * (6 * student + 2 * teacher) / 0.5e9)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_by_the_files_without_a_models_code(
+    tied: bool, make_tiny_model: Any, make_tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"num_layers": 3, "tie_word_embeddings": tied}
+    folder, teacher = make_tiny_folder(**options), make_tiny_model(**options)
+    if tied:  # a file may hold both names of a tied weight
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "model.safetensors")
+    monkeypatch.setattr(guess, "skeleton", lambda *_, **__: pytest.fail("a model was made"))
+    assert guess.num_parameters(recipe(folder), student=False) == teacher.num_parameters()
+    assert guess.num_parameters(recipe(folder), student=True) == cut_layers(teacher, 2).num_parameters()
+    made = recipe(folder, student={"drop": [1]})
+    assert guess.num_parameters(made, student=True) == drop_layers(teacher, [1]).num_parameters()
+    assert guess.num_parameters(recipe(folder, student=str(folder)), student=True) == teacher.num_parameters()
 
 
-def test_no_guess_is_made_without_sizes_or_texts(tiny_teacher_folder: Path, tmp_path: Path) -> None:
-    assert guess.seconds_per_step(recipe(tmp_path), ["text"], cached=True) is None
-    assert guess.seconds_per_step(recipe(tiny_teacher_folder), [], cached=True) is None
+def test_nothing_is_said_of_what_is_not_here(tmp_path: Path) -> None:
+    made = recipe(tmp_path)
+    assert guess.num_parameters(made, student=True) is None
+    assert guess.configuration_of(made, student=False) is None
 
 
-def test_the_speed_of_this_machine_is_measured(tiny_teacher_folder: Path) -> None:
-    assert 1e6 < guess.flops_per_second(recipe(tiny_teacher_folder), size=64) < 1e16
+def test_files_that_do_not_fit_the_configuration_are_not_believed(make_tiny_model: Any, make_tiny_folder: Any) -> None:
+    folder = make_tiny_folder(num_layers=3)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if ".2." not in name}, folder / "model.safetensors")
+    assert guess.num_parameters(recipe(folder), student=False) == make_tiny_model(num_layers=3).num_parameters()
