@@ -36,7 +36,7 @@ def print_plan(recipe: Recipe, plan: ComparisonPlan, jobs: int, console: Console
     left = plan.cells - plan.done
     time = "an unknown time"
     if plan.seconds is not None:
-        source = "as the cells so far took" if plan.measured else "a guess"
+        source = "as the cells so far took" if plan.measured else "an estimate"
         time = f"{duration(plan.seconds / jobs)} ({source})"
     disk = "" if plan.disk_bytes is None else f", {plan.disk_bytes / 1e9:.1f} GB of disk at most"
     console.print(

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pocl.data.tables import values_of
 from pocl.pipeline.curricula import batch_size_of, curriculum_of, even_parts, teacher_passes
 from pocl.pipeline.dry_run import Findings
-from pocl.pipeline.engine import duration
 from pocl.pipeline.estimate import Estimate, estimate
 from pocl.pipeline.guess import CHARACTERS_PER_TOKEN
 from pocl.pipeline.steps import build_steps
@@ -96,7 +95,7 @@ def plan(recipe: Recipe, *, until: str = "report", change: bool = False) -> Plan
     subsets, batch_size = even_parts(recipe, count or 0), batch_size_of(recipe)
     stages = curriculum_of(recipe, subsets, batch_size).table(subsets, batch_size)
     for number, row in enumerate(stages):  # columns that fit a terminal
-        row |= {"time": f"~{duration(made.stages[number])}"} if made and made.stages else {}
+        row |= {"time": f"~{made.stages[number] / 60:.1f} min"} if made and made.stages else {}
         stages[number] = {"T" if name == "temperature" else name: value for name, value in row.items()}
     return Plan(
         [(step.name, step.why) for step in steps],
