@@ -108,7 +108,8 @@ def _progress(folder: Path, recipe: Any, records: Mapping[str, Any], training: M
     if records.get("training", {}).get("state") == "started" and training.get("steps"):
         found["training"] = training["step"] / training["steps"]
     if records.get("evaluation", {}).get("state") == "started":
-        models = 2 + bool(recipe.warmup.epochs) + recipe.evaluation.include_teacher
+        students = 2 + bool(recipe.warmup.epochs) + recipe.curriculum.control
+        models = students + recipe.evaluation.include_teacher
         found["evaluation"] = min(1.0, len(list((folder / "evaluation").glob("*.json"))) / models)
     return found
 

@@ -16,6 +16,7 @@ from pocl.pipeline.rates import Rates, Shape, measure, shape_of
 from pocl.pipeline.steps import (
     ADAPTATION,
     CACHE,
+    CONTROL,
     DATA,
     EVALUATION,
     MODELS,
@@ -153,7 +154,7 @@ class _Work:
     of_student: Rates
 
     def all(self, names: Sequence[str]) -> Estimate:
-        stages = self.stage_seconds() if TRAINING in names else []
+        stages = self.stage_seconds() if {TRAINING, CONTROL} & set(names) else []
         of = {
             MODELS: self.models,
             DATA: self.data,
@@ -162,6 +163,7 @@ class _Work:
             WARMUP: self.warm_up,
             RANKING: self.ranking,
             TRAINING: lambda: self.training(stages),
+            CONTROL: lambda: self.training(stages),  # as many steps
             EVALUATION: self.evaluation,
             REPORT: lambda: (_PICTURES, 1_000_000),
             UPLOAD: lambda: (self.saved / 10e6, 0),  # at the speed of a good line
@@ -297,7 +299,7 @@ class _Work:
     def evaluation(self) -> tuple[float, float]:
         section, count = self.recipe.evaluation, self.counts["test"]
         runs = len(section.seeds) if section.temperature else 1
-        models = 2 + bool(self.recipe.warmup.epochs)
+        models = 2 + bool(self.recipe.warmup.epochs) + self.recipe.curriculum.control
         of_one = self.scores(self.of_student, count) + self.scores(self.of_teacher, count)
         of_one += runs * self.answers(self.of_student, count, section.max_new_tokens)
         seconds = self.load(self.teacher_bytes) + models * (self.load(self.student_bytes) - _START / 2 + of_one)

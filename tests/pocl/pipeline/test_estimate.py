@@ -11,6 +11,7 @@ import pytest
 from pocl.pipeline import estimate as estimates
 from pocl.pipeline.estimate import Estimate, Lengths, estimate
 from pocl.pipeline.rates import Rates, Shape, measure, shape_of
+from pocl.pipeline.steps import build_steps
 from pocl.recipe import load_recipe
 
 from ..conftest import pocl
@@ -67,6 +68,17 @@ def test_more_rows_and_longer_answers_take_longer(rated: Path) -> None:
     assert {name for name in NAMES if longer[name] > before[name]} == {"ranking", "training"}  # which validates so
     unanswered = seconds(made(rated, corpus=True))
     assert {name for name in NAMES if unanswered[name] < before[name]} == {"ranking", "training", "evaluation"}
+
+
+def test_every_step_that_a_recipe_can_have_is_estimated(rated: Path) -> None:
+    words = ["--curriculum.control", "true", "--teacher.adapt_epochs", "1", "--hub", "me/mine"]
+    recipe = load_recipe(rated, words)
+    names = [step.name for step in build_steps(recipe, content=lambda *_: "")]
+    assert {"control", "adaptation", "upload"} < set(names)
+    found = estimate(recipe, names, COUNTS, Lengths([10, 20, 30], [4, 5, 6], 1e-3))
+    assert found is not None
+    assert seconds(found)["control"] == seconds(found)["training"]
+    assert seconds(found)["evaluation"] > seconds(made(rated))["evaluation"]
 
 
 def test_sampled_responses_take_time(rated: Path) -> None:
