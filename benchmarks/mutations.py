@@ -26,6 +26,7 @@ from typing import NamedTuple, NoReturn
 
 from benchmarks.measure import save_results
 from benchmarks.mutations_cpu import MUTATIONS
+from benchmarks.mutations_sparse import MUTATIONS as SPARSE
 from benchmarks.mutations_triton import MUTATIONS as TRITON
 from benchmarks.mutations_triton import Mutation
 
@@ -120,7 +121,7 @@ def sound(cache: Path) -> Iterator[str]:
     """The selections that fail, or select nothing, on the unbroken kernels."""
     with tempfile.TemporaryDirectory(prefix="pocl-mutation-") as folder:
         copy_tree(Path(folder))
-        for tests in sorted({m.tests for m in (*MUTATIONS, *TRITON)}):
+        for tests in sorted({m.tests for m in (*MUTATIONS, *SPARSE, *TRITON)}):
             result = run_tests(Path(folder), tests, cache)
             if result.code:
                 yield f"{tests}: {(result.output.strip().splitlines() or ['nothing said'])[-1]}"
@@ -132,7 +133,7 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="file the verdicts under benchmarks/results")
     parser.add_argument("-k", "--keyword", default="", help="only mutations whose description or file contains this")
     options = parser.parse_args()
-    chosen = [m for m in (*MUTATIONS, *TRITON) if options.keyword in m.what or options.keyword in m.file]
+    chosen = [m for m in (*MUTATIONS, *SPARSE, *TRITON) if options.keyword in m.what or options.keyword in m.file]
     started = time.monotonic()
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     CONTEXT.set_forkserver_preload(PRELOADED)

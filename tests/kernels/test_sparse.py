@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import pocl
 from pocl_kernels import (
     DIVERGENCES,
     JSD,
@@ -188,14 +187,6 @@ def test_backward_twice_gives_the_gradient_twice(engine: Any) -> None:
     (first,) = torch.autograd.grad(loss, hidden, torch.tensor(2.0), retain_graph=True)
     (second,) = torch.autograd.grad(loss, hidden)
     assert reference.relative_error(first, 2.0 * second.double()) < 1e-6
-
-
-def test_the_module_takes_a_sparse_teacher() -> None:
-    case = sparse_case(7, "bucket")
-    out = pocl.DistillationLoss("jsd")(
-        case.student_hidden, case.student_head, pocl.SparseTeacher(*teacher_of(case)), labels=case.labels
-    )
-    assert float(out.loss.detach()) == pytest.approx(float(oracle(case, divergence="jsd").loss), rel=1e-6)
 
 
 def teacher_of(case: Case) -> tuple[Tensor, Tensor]:

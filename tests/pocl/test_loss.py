@@ -35,3 +35,12 @@ def test_module_shows_its_settings():
     assert "SkewReverseKL(skew=0.1), temperature=2, ce_weight=0.3" in repr(
         pocl.DistillationLoss("skew_rkl", temperature=2.0, ce_weight=0.3)
     )
+
+
+def test_module_takes_a_sparse_teacher_in_place_of_hidden_states_and_head(batch):
+    hidden, weight, teacher_hidden, teacher_weight, labels = batch
+    best = torch.log_softmax(teacher_hidden @ teacher_weight.T, -1).topk(4, -1)
+    teacher = pocl.SparseTeacher(best.indices, best.values)
+    got = pocl.DistillationLoss("jsd", temperature=1.7)(hidden, weight, teacher, labels=labels)
+    want = pocl.fused_linear_divergence(hidden, weight, teacher, divergence="jsd", temperature=1.7, labels=labels)
+    torch.testing.assert_close(got.loss, want.loss, rtol=0, atol=0)
