@@ -7,8 +7,8 @@
 
 Oldest: on the first Python, everything that pyproject.toml names itself in the release of its lower bound. A bound
 below what another one lets in is an error, as nothing could ever try it. Newest: on each Python, the latest release of
-all. `flash-attn` is left out: it is built with CUDA's compiler. Some 6 GB are downloaded for each environment, which
-stays in .venv-bounds until `make clean`.
+all. `flash-attn` is left out, as CUDA's compiler builds it, and vLLM, which wants an environment of its own. Some 6 GB
+are downloaded for each environment, which stays in .venv-bounds until `make clean`.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-bounds"
 PYTHONS = ("python3.11", "python3.12", "python3.13")
-UNTRIED = ("flash",)
+UNTRIED = ("flash", "vllm")
+BUILDS = ("setuptools",)  # PEFT compiles the kernels of one kind of adapter
 ENDS = {"oldest": "lowest-direct", "newest": "highest"}
 # A part of every layer: losses, data, models, ranking, teachers, training, the command line.
 TESTS = (
@@ -90,7 +91,7 @@ def passes(end: str, python: str, options: argparse.Namespace) -> bool:
     )
     if end == "oldest":
         check_bounds(releases.read_text())
-    run(uv(), "pip", "install", "--quiet", "--python", here, "-r", releases)
+    run(uv(), "pip", "install", "--quiet", "--python", here, "-r", releases, *BUILDS)
     show = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
     run(here, "-c", show)
     # older and newer packages warn of what does not concern us; the suite itself takes warnings for errors

@@ -136,7 +136,7 @@ def with_merged_adapters(model: Any) -> Any:
 def _merged(wrapper: Any) -> Any:
     _untie(unwrapped(wrapper))
     merged = wrapper.merge_and_unload(safe_merge=True).requires_grad_(True)  # as of any model that was loaded
-    if hasattr(merged, "peft_config"):  # PEFT before 0.19 leaves what it was adapted by
+    if hasattr(merged, "peft_config"):  # PEFT may leave what it was adapted by
         del merged.peft_config
     return merged
 

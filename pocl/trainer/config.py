@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from pocl.devices import accelerator
@@ -103,6 +104,8 @@ class POCLConfig(TrainingArguments):
         if accelerator() is None:
             self.use_cpu = True
         super().__post_init__()
+        if self.device.type == "cpu":  # transformers before 5.17 resumes on "cpu:0", which torch does not know
+            self.__dict__["_setup_devices"] = torch.device("cpu")
 
 
 def check_reporters(names: str | Sequence[str] | None) -> None:

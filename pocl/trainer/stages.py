@@ -185,12 +185,21 @@ class StagedTrainer(Trainer):
         self.args.load_best_model_at_end &= last or self.curriculum.start == "best"
         set_seed(derived_seed(base_args.seed, stage.index))
         self.optimizer, self.lr_scheduler = None, None
+        self._let_wrap()
         if self.is_deepspeed_enabled:  # its engine owns the optimizer, so a fresh optimizer needs a fresh engine
             self.model_wrapped, self.deepspeed = self.model, None
         self.figures.clear()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = 0
+
+    def _let_wrap(self) -> None:
+        """Take accelerate's mark from a model that was evaluated before it was trained: a marked one is not wrapped for
+        DDP, and every process would train a student of its own."""
+        bare = self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if bare and self.args.world_size > 1:
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
 
     def _had_converged(self, state: TrainerState) -> bool:
         """A run may die between the evaluation that ends a stage and the end of the stage."""
