@@ -1,7 +1,7 @@
 """How true `--dry-run` is: the time of each step that it tells, over the time that the step then takes.
 
     python -m benchmarks.estimates quickstart
-    python -m benchmarks.estimates healed-student --num_train 48 --num_validation 8 --num_test 8
+    python -m benchmarks.estimates healed-student --data.source embedded --num_train 48 --num_validation 8 --num_test 8
 
 Further words override the recipe; the run's folder is made anew below a temporary one, and removed.
 """
@@ -23,9 +23,11 @@ def compare(words: Sequence[str], folder: Path) -> list[tuple[str, float, float]
     """Name, estimated and true seconds of each step, and of their sum as `all`."""
     command = [sys.executable, "-m", "pocl.cli", "distill", *words, "--output", str(folder)]
     started = time.perf_counter()
-    told = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the dry run finds what would end the run:\n{done.stdout}{done.stderr}")
     print(f"dry run: {time.perf_counter() - started:.1f} s", flush=True)
-    estimate = json.loads(told)["estimate"]
+    estimate = json.loads(done.stdout)["estimate"]
     if estimate is None:
         raise SystemExit("the dry run makes no estimate: the models or the data are not on this machine")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

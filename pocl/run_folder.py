@@ -78,8 +78,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != now and all(isinstance(mark, str) and _DIGEST.search(mark) for mark in (before, now)):
             lines.append(f"{prefix}{key}: what lies there has changed since the folder was made")
         elif before != now:
-            lines.append(f"{prefix}{key}: {before!r} in the folder, {now!r} now")
+            lines.append(f"{prefix}{key}: {in_short(before)} in the folder, {in_short(now)} now")
     return lines
+
+
+def in_short(value: Any) -> str:
+    """A setting as a person would write it: `0.9` for 0.8999999999999999, and a file's digest as what it stands for."""
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_short, value))}]"
+    return "a file" if isinstance(value, str) and _DIGEST.fullmatch(value) else repr(value)
 
 
 class RunFolder:

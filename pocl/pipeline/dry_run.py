@@ -73,6 +73,7 @@ def look(
         examples: of training, None where they could not be read.
         change: whether a folder of another recipe is accepted.
     """
+    from pocl.pipeline.guess import check_student
     from pocl.pipeline.hub import check_hub
     from pocl.pipeline.preflight import check_settings
     from pocl.pipeline.run import check_precision
@@ -83,6 +84,9 @@ def look(
         check_precision(recipe)
     with found.collecting():
         check_settings(recipe, names)
+    if "models" in names:
+        with found.collecting():
+            check_student(recipe)
     if "upload" in names:
         with found.collecting():
             check_hub(recipe)

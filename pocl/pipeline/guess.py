@@ -85,8 +85,37 @@ def _section(recipe: Recipe, *, student: bool) -> tuple[TeacherSection | Student
 
 def kept_layers(section: StudentSection, total: int) -> Sequence[int]:
     """The layers of a teacher with `total` that the student takes."""
+    check_kept(section, total)
     dropped = section.drop or ()
     return evenly_spaced(total, section.cut) if section.cut else [i for i in range(total) if i not in dropped]
+
+
+def check_kept(section: StudentSection, total: int) -> None:
+    """Refuses a student of layers that its teacher, of `total`, does not have.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if section.cut and section.cut > total:
+        raise ValueError(f"student.cut must lie in 1 to {total}, the layers of the teacher, got {section.cut}")
+    if outside := sorted(layer for layer in section.drop or () if layer >= total):
+        raise ValueError(
+            f"student.drop names the layers {', '.join(map(str, outside))}; the teacher has {total} layers, 0 to "
+            f"{total - 1}"
+        )
+    if len(set(section.drop or ())) == total:
+        raise ValueError(f"student.drop names all {total} layers of the teacher; leave at least one")
+
+
+def check_student(recipe: Recipe) -> None:
+    """`check_kept` of a recipe, as far as this machine can tell without weights."""
+    if not recipe.student.from_teacher or recipe_of(recipe.teacher.model) is not None:
+        return
+    total = None
+    with contextlib.suppress(Exception):  # preparing the models says what is wrong with a configuration
+        total = _configuration(recipe.teacher).num_hidden_layers
+    if total is not None:
+        check_kept(recipe.student, total)
 
 
 def configuration_of(recipe: Recipe, *, student: bool) -> Any:

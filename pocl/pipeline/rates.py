@@ -23,7 +23,7 @@ _HEAD_NUMBERS = 32e6  # of the output embedding that is timed, at most; time gro
 _OPTIMIZED = 4_000_000  # numbers of the optimizer step that is timed
 _JUDGED = 256  # response tokens; more of them take as much each
 _FEW = 4  # answers in the making
-_REPEATS = 2
+_REPEATS = 3
 
 
 @dataclass(frozen=True)

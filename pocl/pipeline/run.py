@@ -13,6 +13,7 @@ from pocl.pipeline.context import Context, source_fingerprint
 from pocl.pipeline.disk import check_disk
 from pocl.pipeline.engine import Step, fingerprints, run_steps
 from pocl.pipeline.foresight import foresee
+from pocl.pipeline.guess import check_student
 from pocl.pipeline.hub import check_hub
 from pocl.pipeline.made import make_models
 from pocl.pipeline.preflight import check_settings
@@ -74,6 +75,8 @@ def run(
         marks = fingerprints(steps)
         pending = [step.name for step in needed if not folder.is_finished(step.name, marks[step.name])]
         processes.first(lambda: check_settings(recipe, pending))
+        if MODELS in pending:
+            processes.first(lambda: check_student(recipe))
         if UPLOAD in pending:
             processes.first(lambda: check_hub(recipe))
         processes.first(lambda: check_disk(recipe, pending))

@@ -13,6 +13,10 @@ from pocl.report.run import MODEL_NAMES, SHOWN_SAMPLES, Run
 __all__ = ["Run", "extreme_samples", "results_table", "write_report"]
 
 _SHOWN_ANSWERS = 8
+_OF_ANSWERS = (
+    "ROUGE-L: how much of the reference answer its own answer has in common, in order, from 0 to 1. Exact match: "
+    "share of answers equal to the reference but for case, punctuation and articles. "
+)
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -130,16 +134,15 @@ def _results(run: Run, folder: Path, document: Document) -> None:
 
     draw_results([MODEL_NAMES[key] for key in run.results], list(run.results.values()), folder / "results.png")
     document.add(
-        Heading("Results on held-out questions"),
+        Heading(f"Results on held-out {'texts' if run.is_corpus else 'questions'}"),
         results_table(run.results, run.parameters),
         Paragraph(
-            "Cross-entropy: how surprised the model is by the reference answer, in nats per token; guessing evenly "
-            "among V tokens gives ln V. KL to teacher: how far the model's next-token distribution is from the "
-            "teacher's; 0 is a perfect copy. ROUGE-L: how much of the reference answer its own answer has in "
-            "common, in order, from 0 to 1. Exact match: share of answers equal to the reference but for case, "
-            "punctuation and articles. What stands behind ± is half of the 95 % interval by bootstrap over the "
-            "samples: how far the figure may be off for want of more questions. Between models, which all answered the "
-            "same questions, differences are surer than these intervals."
+            f"Cross-entropy: how surprised the model is by {'a text' if run.is_corpus else 'the reference answer'}, "
+            "in nats per token; guessing evenly among V tokens gives ln V. KL to teacher: how far the model's "
+            "next-token distribution is from the teacher's; 0 is a perfect copy. "
+            f"{'' if run.is_corpus else _OF_ANSWERS}What stands behind ± is half of the 95 % interval by bootstrap "
+            "over the samples: how far the figure may be off for want of more samples. Between models, which all saw "
+            "the same samples, differences are surer than these intervals."
         ),
         Picture("results.png", "The same numbers as bars."),
     )
@@ -226,13 +229,15 @@ def _stages(run: Run, folder: Path, document: Document) -> None:
 
     stages = run.stages()
     draw_stages(run.log, stages, folder / "stages.png")
-    draw_losses(run.warmup_log, run.log, stages, folder / "losses.png")
+    labels = "the texts" if run.is_corpus else "the reference answers"
+    draw_losses(run.warmup_log, run.log, stages, folder / "losses.png", labels=labels)
     document.add(
         Heading("The stages"),
         Paragraph(
             "Training begins with the easiest part and adds a harder one at every stage. The temperature, which "
             "flattens both distributions and brings out what the teacher thinks of unlikely tokens, and the weight "
-            "of the teacher against the reference answers change from stage to stage."
+            f"of the teacher against {'the texts themselves' if run.is_corpus else 'the reference answers'} "
+            "change from stage to stage."
         ),
         Table(
             ["stage", "samples", "steps", "temperature", "weight of the teacher", "divergence: first, last"],

@@ -53,7 +53,8 @@ def draw_difficulty(ranked: Mapping[str, Any], path: Path) -> None:
         color=colours,
         label=[_part_name(s, len(subsets)) for s in subsets],
     )
-    _label(left, "Difficulty by cross-entropy", "cross-entropy of the reference answer (nats per token)", "samples")
+    read = "block of text" if "text" in ranked else "reference answer"
+    _label(left, "Difficulty by cross-entropy", f"cross-entropy of the {read} (nats per token)", "samples")
     left.legend(frameon=False, fontsize=8)
     for row, other in enumerate(others):
         right = figure.add_subplot(grid[row, 1])
@@ -100,6 +101,8 @@ def draw_losses(
     log: Sequence[Mapping[str, Any]],
     stages: Sequence[Mapping[str, Any]],
     path: Path,
+    *,
+    labels: str = "the reference answers",
 ) -> None:
     """Divergence from the teacher and cross-entropy with the labels, step by step, warm-up first (negative steps)."""
     figure = _figure(9.6, 5.0)
@@ -107,7 +110,7 @@ def draw_losses(
     shift = warmup[-1]["step"] if warmup else 0
     for axis, key, colour, title in (
         (axes[0], "divergence", TEACHING, "Divergence from the teacher (at the stage's temperature)"),
-        (axes[1], "cross_entropy", LABELS, "Cross-entropy with the reference answers"),
+        (axes[1], "cross_entropy", LABELS, f"Cross-entropy with {labels}"),
     ):
         for lines, offset in ((warmup, -shift), (log, 0)):
             points = [(line["step"] + offset, line[key]) for line in lines if line.get(key) is not None]

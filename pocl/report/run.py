@@ -47,6 +47,11 @@ class Run:
     control: Sequence[Mapping[str, Any]]
     """Those of plain distillation for as many steps, if the run has it (`curriculum.control`)."""
 
+    @property
+    def is_corpus(self) -> bool:
+        """Whether the run learnt texts, without questions and answers."""
+        return "text" in self.test or "text" in self.ranked
+
     @classmethod
     def read(cls, path: Path) -> Run:
         """Read what is there.

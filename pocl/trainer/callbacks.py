@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+
+def keep_beside_run(callbacks: Iterable[TrainerCallback], folder: str) -> None:
+    """Let TensorBoard write to `folder/tensorboard`, wherever it was not told another place.
+
+    It would make `./runs` for what is logged before training begins, such as the evaluation of the student as it is.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(folder, "tensorboard"))
 
 
 class StageBar(TrainerCallback):

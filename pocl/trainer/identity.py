@@ -20,6 +20,7 @@ from pocl import heads
 from pocl.data import Collator
 from pocl.data.token_rows import RowsSummary
 from pocl.models.fingerprint import arithmetic_settings, model_fingerprint, weights_fingerprint
+from pocl.run_folder import in_short
 from pocl.teacher import HiddenStateCache, OnlineTeacher, TopKCache
 from pocl.trainer.loading import PackedCollator
 
@@ -187,7 +188,7 @@ def _in_words(name: str, before: Any, now: Any) -> str:
     where, _, what = name.rpartition(".")
     if where.startswith(("train_dataset", "eval_dataset")) and what in _OF_ROWS:
         return f"{where.removesuffix('.eval_dataset')}: other {_OF_ROWS[what]}"
-    return _WORDS.get(name) or f"{name}: {before!r} there, {now!r} now"
+    return _WORDS.get(name) or f"{name}: {in_short(before)} there, {in_short(now)} now"
 
 
 def _leaves(found: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

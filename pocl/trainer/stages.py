@@ -266,6 +266,14 @@ class StagedTrainer(Trainer):
             load_weights(self.model, self.progress.student_dir(index))
             self._stage_in_memory = index
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Without those about weights that are there under another name, such as a head that is the embedding."""
+        named = self.model.state_dict(keep_vars=True)
+        missing = set(load_result.missing_keys)
+        there = {named[name].data_ptr() for name in named.keys() - missing}
+        load_result.missing_keys[:] = [n for n in missing if n not in named or named[n].data_ptr() not in there]
+        super()._issue_warnings_after_load(load_result)
+
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.progress.stage_dir(self.stage.index))
 

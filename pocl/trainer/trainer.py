@@ -22,7 +22,7 @@ from pocl.data import Collator
 from pocl.interval import Interval
 from pocl.modes import follow_umask
 from pocl.teacher import LikelyTokens, Teacher, signal_of
-from pocl.trainer.callbacks import Convergence, EvaluateLast, StageBar
+from pocl.trainer.callbacks import Convergence, EvaluateLast, StageBar, keep_beside_run
 from pocl.trainer.card import distillation_section
 from pocl.trainer.checks import check_eval_rows, check_rows, check_setup, divergence_of, packs
 from pocl.trainer.config import POCLConfig
@@ -129,6 +129,7 @@ class POCLTrainer(StagedTrainer):
         self.figures, self.eval_figures = Figures(self.accelerator), Figures(self.accelerator)
         self.guard = FiniteLossGuard()
         self.on_policy = OnPolicy.of(self) if args.on_policy else None
+        keep_beside_run(self.callback_handler.callbacks, args.output_dir)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(StageBar(self))
         self.add_callback(EvaluateLast())

@@ -1,6 +1,7 @@
 """A run on texts: the same stages, without a question or an answer; and rows that are tokenised once for all steps."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def test_texts_go_through_every_step(
     assert "eval_loss" in (folder / "training" / "log.jsonl").read_text()
     report = (folder / "report" / "report.md").read_text()
     assert "| text |" in report
+    assert "Results on held-out texts" in report
+    assert not re.search("reference answer|question|ROUGE", report.partition("## Recipe")[0].replace("ROUGE-L |", ""))
     printed = capsys.readouterr().out
     assert "The data is a corpus: there are no answers to compare, so rouge_l is left out" in printed
     assert "1 documents without text left out" in printed
