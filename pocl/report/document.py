@@ -15,9 +15,9 @@ h1 { font-size: 1.9rem; margin-bottom: .2rem; } h2 { font-size: 1.3rem; margin-t
 table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem; }
 th { text-align: left; border-bottom: 2px solid #9fb3c8; }
 th, td { padding: .35rem .8rem .35rem 0; vertical-align: top; }
-td { border-bottom: 1px solid #e4e9f0; overflow-wrap: anywhere; min-width: 5rem; white-space: pre-wrap; }
+td { border-bottom: 1px solid #e4e9f0; overflow-wrap: anywhere; min-width: 6.4rem; white-space: pre-wrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; min-width: 0; }
-p, figcaption, h1, h2, h3 { overflow-wrap: break-word; }
+p, figcaption, h1, h2, h3 { overflow-wrap: break-word; } .whole { white-space: nowrap; }
 tr.strong td { font-weight: 650; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #52606d; font-size: .92rem; }
 pre { background: #f5f7fa; padding: 1rem; overflow-x: auto; font-size: .82rem; }
@@ -53,7 +53,8 @@ class Paragraph:
         return self.text
 
     def html(self, folder: Path) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+        whole = html.escape(self.text).replace("ROUGE-L", '<span class="whole">ROUGE-L</span>')
+        return f"<p>{whole}</p>"
 
 
 @dataclass(frozen=True)
