@@ -24,7 +24,8 @@ FRAME = """<!doctype html><body style="margin:0"><iframe id="page" src="{page}.h
 style="border:0"></iframe><script>
 page.onload = () => {{ const d = page.contentDocument, wide = [], broken = [], range = d.createRange();
   const texts = d.createTreeWalker(d.body, NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) for (const word of texts.currentNode.data.matchAll(/(?<![^\\s(])[\\p{{L}}\\d.]+(?![^\\s,;:)?!])|ROUGE-L/gu)) {{
+  const words = /(?<![^\\s(])[\\p{{L}}\\d.]+(?![^\\s,;:)?!])|ROUGE-L/gu;
+  while (texts.nextNode()) for (const word of texts.currentNode.data.matchAll(words)) {{
     range.setStart(texts.currentNode, word.index); range.setEnd(texts.currentNode, word.index + word[0].length);
     const lines = new Set([...range.getClientRects()].map((r) => Math.round(r.top)));
     if (lines.size > 1 && word[0].length <= 20) broken.push(word[0]); }}
