@@ -85,7 +85,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def in_short(value: Any) -> str:
     """A setting as a person would write it: `0.9` for 0.8999999999999999, and a file's digest as what it stands for."""
     if isinstance(value, float):
-        return f"{value:.9g}"
+        return repr(value) if len(repr(value)) <= 10 else f"{value:.9g}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(in_short, value))}]"
     return "a file" if isinstance(value, str) and _DIGEST.fullmatch(value) else repr(value)

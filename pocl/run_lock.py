@@ -45,8 +45,13 @@ def only_user(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another process works there: names it, its host and since when.
+        ValueError: no such folder can be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ValueError(f"output: the folder {folder} cannot be made ({why}); choose another with --output") from error
     path = folder / LOCK
     handle = _acquire(path)
     _register(handle)

@@ -16,6 +16,7 @@ from pocl.run_lock import LOCK, user_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+_TIMES = ("_runtime", "_per_second", "_time")  # of an evaluation, which say nothing of the student
 _FIGURES = ("divergence", "cross_entropy", "student_entropy", "learning_rate", "tokens_per_second")
 
 
@@ -83,7 +84,12 @@ def _training(folder: Path, recipe: Any, records: Mapping[str, Any]) -> dict[str
         "step": last["step"],
         "stage": last["stage"],
         "figures": {name: last[name] for name in _FIGURES if name in last},
-        "validation": {k.removeprefix("eval_"): v for x in lines for k, v in x.items() if k.startswith("eval_")},
+        "validation": {
+            key.removeprefix("eval_"): value
+            for line in lines
+            for key, value in line.items()
+            if key.startswith("eval_") and not key.endswith(_TIMES)
+        },
     }
     count = records.get("data", {}).get("summary", {}).get("counts", {}).get("train")
     if not count:

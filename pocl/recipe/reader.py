@@ -37,6 +37,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     file = recipe_file(path)
     try:
         values = yaml.load(_text_of(file), _Loader)
+    except RecipeError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-45
         tabs = "; YAML takes no tabs: indent with spaces" if "\\t" in str(error) else ""
         raise RecipeError(f"{file}: not valid YAML: {error}{tabs}") from None

@@ -142,7 +142,7 @@ WORDS = {
     "--student.cut 0": "student.cut: must be greater than 0",
     "--student.drop 7": "student.drop names the layers 7; the teacher has 3 layers, 0 to 2",
     "--student.drop 0-2": "student.drop names all 3 layers of the teacher; leave at least one",
-    "--output /proc/pocl": "/proc",
+    "--output /proc/pocl": "output: .*/proc/pocl (cannot be made .*choose another|needs at least .*another disk)",
     "--student.drop last": "'last' is no layer and no range of layers",
     "--save_every often": "save_every",
     "--save_every 0": "save_every",

@@ -131,6 +131,9 @@ def test_status_says_what_is_done(copied_run: Path, recipe: Path) -> None:
     assert found["state"] == "finished"
     assert found["training"]["step"] == found["training"]["steps"] == 8
     assert found["results"]["student-final"]["num_samples"] == 6
+    assert {"loss", "kl_to_teacher"} < set(found["training"]["validation"])
+    assert "runtime" not in result.output
+    assert "per second" not in result.output.replace("tokens per second", "")
     assert found["bytes"] > 10_000
     with only_user(copied_run):
         assert json.loads(pocl("status", copied_run, "--json").stdout)["state"] == "running"

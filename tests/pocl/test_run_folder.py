@@ -159,3 +159,14 @@ def test_differences_name_nested_keys_and_missing_ones() -> None:
 )
 def test_durations_read_naturally(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_people_read_no_digests_and_no_rounding_errors() -> None:
+    mark = "0123456789abcdef"
+    assert differences({"a": [0.1, 0.8999999999999999]}, {"a": [0.0, 1.0]}) == [
+        "a: [0.1, 0.9] in the folder, [0.0, 1.0] now"
+    ]
+    assert differences({"test": None}, {"test": mark}) == ["test: None in the folder, a file now"]
+    assert differences({"test": mark}, {"test": mark[::-1]}) == [
+        "test: what lies there has changed since the folder was made"
+    ]
