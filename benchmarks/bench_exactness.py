@@ -93,7 +93,7 @@ def grid() -> dict[str, Any]:
 def _over_seeds(name: str, spread: float, near: float | None, temperature: float, backend: str, memory: str) -> Any:
     """Errors of ours and of plain PyTorch at a place of the grid, of each seed."""
     both: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
-    for seed in SEEDS:
+    for seed in SEEDS_OF_TIES if near and name == "tvd" else SEEDS:
         case, call = make_case(16, 1003, spread=spread, near=near, seed=seed), {"divergence": name}
         truth = oracle(case, temperature=temperature, **call)
         ours = functools.partial(pocl_kernels.fused_linear_divergence, backend=backend, memory=memory)

@@ -151,7 +151,7 @@ def scratch(memory: str, limit: float, growth: float | None = None) -> Callable[
 
 
 def worst_of_grid(values: Any) -> list[Measured]:
-    """The worst place of each backend; an entry is (error over what is allowed, where)."""
+    """Of each backend; an entry is (error over what is allowed, where)."""
     out = []
     for backend, divergences in values.items():
         (size, where), name, quantity = max((divergences[n][q], n, q) for n in divergences for q in divergences[n])
@@ -222,6 +222,7 @@ EXACTNESS = Group(
             "sharp and flat, near and far, T from 0.5 to 4, both modes and backends: error over max(3e-6, PyTorch's)",
             "<= 1",
             part("grid", worst_of_grid),
+            "by a few percent, the logits' own rounding, and `tvd`, where a tie decides: 0.7 to 1.06 over 60 seeds.",
         ),
         Target("scratch memory, `fast`, V = 151,936", "<= 256 MiB", part("scratch", scratch("fast", 256.0))),
         Target(
@@ -236,9 +237,7 @@ HOST = Group(
     "The losses: time of the host, 64 tokens, beyond products and kernels",
     "host",
     "python -m benchmarks.bench_host --save",
-    tuple(
-        Target(name, f"<= {limit:g} us", part("host", microseconds(name, limit))) for name, limit in HOST_LIMITS.items()
-    ),
+    tuple(Target(name, f"<= {x:g} us", part("host", microseconds(name, x))) for name, x in HOST_LIMITS.items()),
 )
 
 COMPILED = Group(

@@ -269,6 +269,10 @@ class Jeffreys(Divergence):
     def slope(self, l: Value, r: Value) -> Value:
         return weighted(exp(l), l - r) + (exp(l) - exp(r))
 
+    def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+        forward, reverse = _relative_slopes(l, r, l0, r0)
+        return reverse + forward
+
 
 @dataclasses.dataclass(frozen=True)
 class Alpha(Divergence):
@@ -350,6 +354,23 @@ class MixedKL(Divergence):
     def slope(self, l: Value, r: Value) -> Value:
         p, q, w = exp(r), exp(l), self.weight
         return weighted(1.0 - w, weighted(q, l - r)) + w * (q - p)
+
+    def relative_slope(self, l: Value, r: Value, l0: Value, r0: Value) -> Value:
+        forward, reverse = _relative_slopes(l, r, l0, r0)
+        return weighted(1.0 - self.weight, reverse) + self.weight * forward
+
+
+def _relative_slopes(l: Value, r: Value, l0: Value, r0: Value) -> tuple[Value, Value]:
+    """Of KL(p, q) and of KL(q, p), relative to the anchor.
+
+    The first is q p0 / q0 - p. By the difference of the two logs near the teacher: rounded normalisers would leave the
+    same multiple of q in every token's, which cancels only against a sum of these very slopes, and ``memory="low"``
+    makes that sum another way.
+    """
+    q, at_anchor, difference = exp(l), exp(r0 - l0), (l - r) - (l0 - r0)
+    x = -difference
+    near, far = q * at_anchor * (difference * expm1_ratio(x)), q * at_anchor - exp(r)
+    return where(absolute(x) < 0.5, near, far), weighted(q, difference)
 
 
 def _power(l: Value, r: Value, a: Value, b: Value) -> Value:

@@ -104,7 +104,7 @@ def test_exchanging_the_models_exchanges_the_divergences(engine: Any, seed: int,
         assert pair[0] == pytest.approx(pair[1], rel=SAME)
 
 
-@pytest.mark.parametrize("workspace_mb", [1e-9, 0.02, 0.1])
+@pytest.mark.parametrize("workspace_mb", [1e-9, 0.02, 0.05])  # at the last the teacher is cut finer
 def test_loss_is_independent_of_chunk_size(engine: Any, workspace_mb: float) -> None:
     case = make_case(48, 1031, bias=True)
     for divergence in ("fkl", "jsd"):

@@ -80,7 +80,7 @@ def of_rows(
         if task.divergence.kl_weights is not None:
             D, c = st.weighted_kl(sums, task.divergence.kl_weights)
             if anchored:
-                c -= st.slope_at_anchor(state, task.transforms.rate, task.divergence.kl_weights)
+                c -= st.slope_at_anchor(sums, task.transforms.rate, task.divergence.kl_weights)
         else:
             D, c = _second_pass(tiles(), state, task, group)
         results[DIVERGENCE], state[st.SLOPE_SUM.value] = D, c

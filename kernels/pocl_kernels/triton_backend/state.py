@@ -165,13 +165,15 @@ def weighted_kl(sums: Tensor, weights: tuple[Any, Any]) -> tuple[Tensor, Tensor]
     return forward + reverse, reverse - a
 
 
-def slope_at_anchor(state: Tensor, rate: Any, weights: tuple[Any, Any]) -> Tensor:
+def slope_at_anchor(sums: Tensor, rate: Any, weights: tuple[Any, Any]) -> Tensor:
     """``b (l - r) - a p / q`` of the anchor, in double precision: what relative slopes of a weighted KL have less than
     those above, for each unit of q.
     """
     a, b = weights
-    largest_t, S_s, S_t, top_t = (state[i.value].double() for i in (MAX_T, SUM_S, SUM_T, TOP_T))
-    d = (largest_t - top_t) * rate - (S_s / S_t).log()
+    largest_t, S_s, S_t, E, top_t = (sums[i.value].double() for i in (MAX_T, SUM_S, SUM_T, SUM_E, TOP))
+    # Where both models are close S_s / S_t has lost what E, their difference, still knows.
+    eps = E / S_t
+    d = (largest_t - top_t) * rate - torch.where(eps.abs() < 0.5, eps.log1p(), (S_s / S_t).log())
     return _times(b, d) - _times(a, (-d).exp())
 
 
