@@ -156,6 +156,18 @@ def test_reductions_weights_and_upstream_gradients(engine: Any, tail: str, reduc
     assert_close(solve(engine, case, **call), truth, EXACT)
 
 
+def test_a_label_is_right_only_if_no_token_at_all_is_likelier(engine: Any) -> None:
+    case = sparse_case(7, "bucket")
+    logits = case.student_hidden @ case.student_head.weight.T
+    named = logits.gather(1, teacher_of(case)[0].clamp(0)).argmax(1, keepdim=True)
+    labels = teacher_of(case)[0].clamp(0).gather(1, named).squeeze(1)
+    labels[::2] = logits.argmax(1)[::2]
+    case = case.replace(labels=labels)
+    truth = oracle(case)
+    assert 0.4 < float(truth.accuracy) < 0.9
+    assert_close(solve(engine, case), truth, EXACT)
+
+
 KINDS = {"fkl": lambda x: "fkl", "jsd": JSD, "alpha": Alpha, "mixed_kl": MixedKL}
 
 
