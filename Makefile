@@ -20,6 +20,10 @@ ARGS ?=
 COMPAT := .venv-compat
 COMPAT_PACKAGES := 'torch==2.11.0' 'numpy<2.4' 'pytest>=8.3' 'hypothesis>=6.120'
 
+# vLLM, which may want other releases than pocl. `make test-engines VLLM_PY=...` takes one that is there already.
+VLLM := .venv-vllm
+VLLM_PY := $(VLLM)/bin/python
+
 # A CUDA build of torch brings the triton it was built with. A CPU build brings none, and takes this one.
 TRITON := 3.9.0
 
@@ -32,7 +36,7 @@ FRESH := yes
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format docs bench bench-report mutations aot test-gpu bench-gpu gpu-day compat bounds wheel-check test-browser clean
+.PHONY: help setup quickstart test check format docs bench bench-report mutations aot test-gpu bench-gpu gpu-day compat bounds wheel-check test-browser test-engines clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,9 +117,17 @@ test-browser: $(SETUP)  ## look at reports in a real browser, at the widths of a
 gpu-day: $(SETUP)  ## the first ten minutes on a GPU, as one page; ARGS=--rehearse without a GPU
 	PYTHONPATH=kernels:. PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PY) -m benchmarks.gpu_day $(ARGS)
 
+test-engines: $(SETUP) $(if $(filter $(VLLM)/bin/python,$(VLLM_PY)),$(VLLM)/.installed)  ## run vLLM and its server, really, with the embedded model (not in CI)
+	POCL_VLLM_PYTHON=$(abspath $(VLLM_PY)) $(PY) -m pytest tests/engines $(ARGS)
+
+$(VLLM)/.installed: benchmarks/install_vllm.py
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python benchmarks/install_vllm.py
+	@touch $@
+
 bench-gpu: $(BENCH_SETUP)  ## run the benchmarks that need a GPU
 	PYTHONPATH=kernels:. $(PY) -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only -m gpu $(ARGS)
 
 clean:  ## remove the environment and all caches; runs stay
-	rm -rf $(VENV) $(COMPAT) .venv-bounds build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(COMPAT) $(VLLM) .venv-bounds build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -85,7 +85,7 @@ def resolved(recipe: Recipe, seeds: int | Sequence[int] | None = None) -> Recipe
     Raises:
         ValueError: there is nothing to judge the arms by, or no seed.
     """
-    from pocl.pipeline.training import plans_cache
+    from pocl.pipeline.teacher import plans_cache
 
     if recipe.data.num_test < 2:
         raise ValueError(

@@ -37,6 +37,8 @@ class Findings:
     """By name of a step: `to do`, `done`, `goes on`, or what is deleted before it is done again."""
     disk: dict[str, int] | None = None
     """Bytes that models and checkpoints need; None where the models are not on this machine."""
+    cache: str = ""
+    """What the teacher's cache takes, about, and what is lost; empty where there is none."""
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -91,7 +93,7 @@ def look(
         with found.collecting():
             check_hub(recipe)
     with found.collecting():
-        lengths = _check_models(recipe, names, examples)
+        lengths = _check_models(recipe, names, examples, found)
     with found.collecting():
         _look_at_folder(recipe, steps, found, change)
     pending = [name for name in names if found.steps.get(name) != "done"]
@@ -100,7 +102,7 @@ def look(
     return found, lengths
 
 
-def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None) -> Lengths | None:
+def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None, found: Findings) -> Lengths | None:
     """Tokenizers, weights as far as their headers go, and the lengths of some rows.
 
     Raises:
@@ -108,22 +110,30 @@ def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None
     """
     from rich.console import Console
 
+    from pocl.data.corpus import is_corpus
+    from pocl.engines.vllm import vllm_python
     from pocl.models import check_vocabularies
+    from pocl.pipeline.guess import hidden_size
     from pocl.pipeline.preflight import check_lengths
     from pocl.pipeline.prepare import teacher_tokenizer
+    from pocl.pipeline.teacher import cache_in_words
+    from pocl.teacher.store import keyed
 
     context = Context(recipe, Path(recipe.output), Console(quiet=True))
     asked: list[tuple[TeacherSection | StudentSection, Callable[[], str]]] = []
+    here = recipe.teacher.server is None
     if "models" in names:
-        asked.append((recipe.teacher, context.base_teacher_source))
         context.summaries["models"] = {}
+        asked += [(recipe.teacher, context.base_teacher_source)] if here else []
+        if "vllm" in (recipe.teacher.engine, recipe.student.engine):
+            vllm_python()
     if recipe.student.model:
         asked.append((recipe.student, context.student_source))
     for section, source in asked:
         _refuse_unmade(section)
         _check_weights(source(), section)
     tokenizer = context.tokenizer()
-    if "models" in names and recipe.student.model:
+    if "models" in names and recipe.student.model and here:
         check_vocabularies(tokenizer, teacher_tokenizer(context))
     if examples is None or not len(examples):
         return None
@@ -131,6 +141,9 @@ def _check_models(recipe: Recipe, names: Sequence[str], examples: Dataset | None
     rows = context.tokenize(examples.select(range(min(len(examples), SAMPLES))))
     seconds = time.perf_counter() - started
     check_lengths(context, "train", rows)
+    if "teacher-cache" in names and not is_corpus(examples.column_names):
+        some = sum(count for _, count, _ in keyed(rows))
+        found.cache = cache_in_words(recipe, some * len(examples) // max(len(rows), 1), hidden_size(recipe))
     return lengths_of(rows, seconds)
 
 

@@ -26,7 +26,7 @@ from pocl.pipeline.steps import (
     UPLOAD,
     WARMUP,
 )
-from pocl.pipeline.training import plans_cache
+from pocl.pipeline.teacher import plans_cache
 from pocl.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import yaml
 from pocl.data.corpus import is_corpus
 from pocl.pipeline.card import CARD, renew_card
 from pocl.pipeline.context import Context
+from pocl.pipeline.teacher import is_apart
 from pocl.recipe import Recipe
 from pocl.run_folder import RECIPE, RunFolder, write_text
 from pocl.run_lock import in_use_by
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 def evaluated_models(context: Context) -> dict[str, str]:
     """The models to compare and where they lie: teacher, student before, after warm-up, control, after the stages."""
-    found = {"teacher": context.teacher_source()} if context.recipe.evaluation.include_teacher else {}
+    here = context.recipe.evaluation.include_teacher and not is_apart(context.recipe)
+    found = {"teacher": context.teacher_source()} if here else {}
     found["student-initial"] = context.student_source()
     if context.recipe.warmup.epochs:
         found["student-warmup"] = context.warm_student_source()
@@ -72,11 +74,15 @@ def score_models(
         file = folder / f"{key}.json"
         if not file.is_file():
             is_teacher = key == "teacher"
+            alone = is_teacher or is_apart(context.recipe)
+            section_of_model = context.recipe.teacher if is_teacher else context.recipe.student
             result = evaluate(
                 context.teacher() if is_teacher else context.load_student(source),
                 context.tokenizer(),
                 examples,
-                teacher=None if is_teacher else context.teacher(),
+                teacher=None if alone else context.teacher(),
+                engine=section_of_model.engine,
+                engine_args=section_of_model.engine_args,
                 generation=settings,
                 seeds=section.seeds if sampled else (),
                 words=section.words,

@@ -148,6 +148,14 @@ def skeleton(recipe: Recipe, *, student: bool) -> Any:
     return None
 
 
+def hidden_size(recipe: Recipe) -> int | None:
+    """Of the teacher, by its configuration; None where that is not on this machine."""
+    if recipe.teacher.server is None:
+        with contextlib.suppress(Exception):
+            return int(_configuration(recipe.teacher).get_text_config(decoder=True).hidden_size)
+    return None
+
+
 def _configuration(section: TeacherSection | StudentSection) -> Any:
     from transformers import AutoConfig
 

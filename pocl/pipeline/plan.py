@@ -14,7 +14,8 @@ from pocl.pipeline.dry_run import Findings
 from pocl.pipeline.estimate import Estimate, estimate
 from pocl.pipeline.guess import CHARACTERS_PER_TOKEN
 from pocl.pipeline.steps import build_steps
-from pocl.pipeline.training import divergence_parameters, plans_cache, scales_by_temperature
+from pocl.pipeline.teacher import is_apart, plans_cache, stores_top_k
+from pocl.pipeline.training import divergence_parameters, scales_by_temperature
 from pocl.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -127,7 +128,11 @@ def _teacher(recipe: Recipe) -> str:
     cached, on_policy = plans_cache(recipe), recipe.on_policy.share > 0
     passes = teacher_passes(recipe)
     rounds = f"{passes:.3g} passes over the samples" if math.isfinite(passes) else "steps of all stages"
-    teacher = f"runs once, its hidden states serve all {rounds}" if cached else f"runs at every step, {rounds}"
+    kept = f"its {recipe.teacher.top_k} likeliest tokens serve" if stores_top_k(recipe) else "its hidden states serve"
+    teacher = f"runs once, {kept} all {rounds}" if cached else f"runs at every step, {rounds}"
+    if is_apart(recipe):
+        where = f"on the server {recipe.teacher.server}" if recipe.teacher.server else "in vLLM"
+        teacher = f"runs once {where}, {kept} all {rounds}"
     if on_policy and cached:
         teacher += ", and again for responses that the student samples"
     return teacher

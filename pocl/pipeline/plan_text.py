@@ -44,6 +44,8 @@ def print_plan(made: Plan, recipe: Recipe, console: Console) -> None:
             f"About {duration(made.estimate.seconds)} and {size_in_words(made.estimate.bytes)} in the end, by layers "
             "of the models' shapes timed on this machine just now."
         )
+    if found.cache:
+        say(f"About {escape(found.cache)}")
     # one space between columns, so that the longest table fits into 80
     table = Table(*made.stages[0], box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for row in made.stages:

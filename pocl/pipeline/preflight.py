@@ -82,7 +82,8 @@ def _limits(context: Context) -> list[tuple[str, str, int]]:
     asked: list[tuple[str, str, TeacherSection | StudentSection]] = []
     if recipe.student.model:
         asked.append(("student", recipe.student.model, recipe.student))
-    if "models" in context.summaries:  # a ranking may do without a teacher
+    served = recipe.teacher.server is not None  # which tells its context itself
+    if "models" in context.summaries and not served:  # a ranking may do without a teacher
         asked.append(("teacher", context.teacher_source(), recipe.teacher))
     return [(role, source, n) for role, source, section in asked if (n := _limit(source, section))]
 

@@ -1,8 +1,7 @@
-"""The steps before any training: models, data, and the teacher's hidden states."""
+"""The steps before any training: models and data."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from pocl.embedded import cut_layers, drop_layers, embedded_rows
 from pocl.pipeline.context import SPLITS, Context, naming_folder, write_parquet
 from pocl.pipeline.corpus import check_corpus, write_blocks
 from pocl.pipeline.preflight import check_lengths
+from pocl.pipeline.teacher import is_apart, teacher_engine
 from pocl.recipe import Recipe
 from pocl.run_folder import replacing
 from pocl.split import hold_out
@@ -31,6 +31,8 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
 
     tokenizer = context.tokenizer()  # first, for it is small: a student that is not there is told at once
     recipe = context.recipe
+    if is_apart(recipe):
+        return _prepare_student(context)
     teacher = context.load_model(context.base_teacher_source(), recipe.teacher)
     if recipe.student.from_teacher:
         import torch
@@ -69,6 +71,26 @@ def prepare_models(context: Context) -> Mapping[str, Any]:
     }
 
 
+def _prepare_student(context: Context) -> Mapping[str, Any]:
+    """Find the student, and ask whoever runs the teacher whether it is there and speaks the same tokens."""
+    from pocl.models import check_vocabularies, view_of
+
+    recipe = context.recipe
+    student = context.load_student(context.student_source())
+    with teacher_engine(context) as engine:
+        engine.fingerprint()
+        if recipe.teacher.server is None:
+            check_vocabularies(context.tokenizer(), teacher_tokenizer(context))
+            check_vocabularies(view_of(student).head().vocab_size, engine.vocabulary)
+    sizes = {"student": num_parameters(student)}
+    where = recipe.teacher.server or "vLLM"
+    return {
+        "parameters": sizes,
+        "teacher_source": context.base_teacher_source(),
+        "note": f"Teacher {recipe.teacher.model} at {where}, student {millions(sizes['student'])} parameters.",
+    }
+
+
 def teacher_tokenizer(context: Context) -> Any:
     """The tokenizer that the teacher's weights were trained with, of the same revision."""
     from pocl.models import load_tokenizer
@@ -79,10 +101,10 @@ def teacher_tokenizer(context: Context) -> Any:
 
 
 def tokens_of_student_alone(context: Context) -> dict[int, str]:
-    """By id; none where the student is cut from the teacher."""
+    """By id; none where the student is cut from the teacher, and none known where that is on a server."""
     from pocl.models import further_tokens
 
-    if context.recipe.student.from_teacher:
+    if context.recipe.student.from_teacher or context.recipe.teacher.server is not None:
         return {}
     return further_tokens(context.tokenizer(), teacher_tokenizer(context))
 
@@ -206,43 +228,3 @@ def _open(source: str, split: str, trust_remote_code: bool) -> Rows:
     # A single file has one split, and `datasets` calls it train.
     split = "train" if Path(source).is_file() else split
     return open_rows(data, split, trust_remote_code=trust_remote_code)
-
-
-def cache_teacher(context: Context) -> Mapping[str, Any]:
-    """Run the teacher once over the training and validation samples and keep its last hidden states."""
-    import torch
-    from datasets import concatenate_datasets
-
-    from pocl.models import view_of
-    from pocl.pipeline.curricula import teacher_passes
-    from pocl.teacher import HiddenStateCache, OnlineTeacher, choose_teacher
-
-    section = context.recipe.teacher_cache
-    teacher = context.teacher()
-    splits = [split for split in ("train", "validation") if context.has_rows(split)]
-    rows = concatenate_datasets([context.rows(split) for split in splits])
-    dtype = getattr(torch, section.dtype) if section.dtype else teacher.dtype
-    size = HiddenStateCache.estimate_bytes(rows, view_of(teacher).head().hidden_size, dtype)
-    why = ""
-    if section.mode == "auto":
-        free = shutil.disk_usage(context.path).free
-        on_policy = context.recipe.on_policy.share > 0
-        choice = choose_teacher(
-            teacher_passes(context.recipe, len(context.rows("train"))), size, free, on_policy=on_policy
-        )
-        why = f"{choice.reason[:1].upper()}{choice.reason[1:]}."
-        if not choice.cached:
-            return {"cached": False, "note": why}
-    cache = HiddenStateCache.build(
-        context.path / "teacher-cache",
-        OnlineTeacher(teacher),
-        rows,
-        dtype=dtype,
-        tokenizer=context.tokenizer(),
-        template=context.template_name(),
-        batch_tokens=section.batch_tokens,
-    )
-    return {
-        "cached": True,
-        "note": f"{why} {cache.num_tokens} answer tokens in {size / 1e6:.1f} MB; exact at every temperature.".lstrip(),
-    }

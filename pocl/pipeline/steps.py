@@ -14,9 +14,10 @@ from pocl.pipeline.engine import Step
 from pocl.pipeline.evaluating import evaluate_models, write_report
 from pocl.pipeline.hub import RECORD, upload_student
 from pocl.pipeline.lora import lora_settings
-from pocl.pipeline.prepare import cache_teacher, prepare_data, prepare_models
+from pocl.pipeline.prepare import prepare_data, prepare_models
 from pocl.pipeline.subsets import takes_ranking
-from pocl.pipeline.training import adapt_teacher, plans_cache, rank_samples, train_control, train_curriculum, warm_up
+from pocl.pipeline.teacher import cache_settings, cache_teacher, plans_cache, tail_settings
+from pocl.pipeline.training import adapt_teacher, rank_samples, train_control, train_curriculum, warm_up
 from pocl.recipe import Recipe
 
 MODELS, DATA, ADAPTATION, CACHE, WARMUP, RANKING = "models", "data", "adaptation", "teacher-cache", "warm-up", "ranking"
@@ -32,6 +33,13 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
     """
     values = recipe.model_dump(mode="json")
     values["student"].pop("lora")  # which matters where it is trained
+    # which matter where the teacher is asked, and where the student answers
+    for name in ("store", "top_k", "tail", "engine", "engine_args", "api_key_env", "in_flight"):
+        values["teacher"].pop(name)
+    if recipe.teacher.server is None:
+        values["teacher"].pop("server")
+    answers = {name: values["student"].pop(name) for name in ("engine", "engine_args")}
+    answers = {"engine": answers["engine"]} if answers["engine"] != "transformers" else {}
     for name in ("save_every", "log_every", "dataloader_workers", "report_to"):  # leave the weights as they are
         values["training"].pop(name)
     values["curriculum"].pop("control")  # a step of its own
@@ -49,7 +57,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             outputs=["student-initial"] if recipe.student.from_teacher else [],
             settings={
                 **_part(values, "teacher", "student"),
-                "teacher_content": content(recipe.teacher.model, recipe.teacher.revision),
+                "teacher_content": recipe.teacher.server or content(recipe.teacher.model, recipe.teacher.revision),
                 "student_content": student_content,
             },
         ),
@@ -95,7 +103,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 shared=True,
                 outputs=["teacher-cache"],
                 needs=list(before),
-                settings=_part(values, "teacher_cache"),
+                settings={**_part(values, "teacher_cache"), **cache_settings(recipe)},
             )
         )
         before.append(CACHE)
@@ -110,6 +118,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 needs=list(before),
                 settings={
                     **_part(values, "warmup"),
+                    **tail_settings(recipe),
                     "training": in_all_stages(values),
                     **lora_settings(recipe),
                     **seed,
@@ -131,6 +140,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
             needs=[name for name in before if name != CACHE and not (teacherless and name in (MODELS, ADAPTATION))],
             settings={
                 "ranking": {key: value for key, value in values["ranking"].items() if key != "refresh"},
+                **answers,
                 "num_stages": recipe.curriculum.num_stages,
                 "student": {**_part(values, "student"), "content": student_content} if own else None,
             },
@@ -146,6 +156,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 **_part(values, "curriculum", "loss", "on_policy", "training"),
                 "refresh": recipe.ranking.refresh,
                 **lora_settings(recipe, merge=True),
+                **tail_settings(recipe),
                 **seed,
             },
         ),
@@ -164,7 +175,7 @@ def build_steps(recipe: Recipe, *, content: Callable[..., str] = source_fingerpr
                 evaluate_models,
                 outputs=["evaluation"],
                 needs=[*before, *trained],
-                settings=_part(values, "evaluation"),
+                settings={**_part(values, "evaluation"), **answers},
             )
         )
     if not takes_ranking(recipe):

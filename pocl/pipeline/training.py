@@ -15,9 +15,10 @@ from pocl.data.tables import arrow_column, slice_of
 from pocl.pipeline.card import write_card
 from pocl.pipeline.context import Context
 from pocl.pipeline.corpus import criteria_without_answers
-from pocl.pipeline.curricula import batch_size_of, control_recipe, curriculum_of, teacher_passes
+from pocl.pipeline.curricula import batch_size_of, control_recipe, curriculum_of
 from pocl.pipeline.lora import merged_by
 from pocl.pipeline.subsets import drawn_rows, reranker, stored_subsets, training_seed
+from pocl.pipeline.teacher import teacher_for_training
 from pocl.recipe import Recipe
 from pocl.run_folder import replacing
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from pocl.difficulty import Criterion
-    from pocl.teacher import Teacher
     from pocl_kernels import Divergence
 
 
@@ -49,16 +49,6 @@ _ROWS_AT_A_TIME = 8192
 SCALED_BY_AUTHORS = frozenset({"fkl", "jsd", "skew_rkl"})  # by T^2, in the code of the paper's authors
 
 
-def plans_cache(recipe: Recipe) -> bool:
-    """Whether the teacher's hidden states are to be stored; a disk without room may decide against it later."""
-    from pocl.teacher import choose_teacher
-
-    mode, on_policy = recipe.teacher_cache.mode, recipe.on_policy.share > 0
-    if mode == "auto":
-        return choose_teacher(teacher_passes(recipe), 0, 0, on_policy=on_policy).cached
-    return mode == "cached"
-
-
 def divergence_of(recipe: Recipe) -> Divergence:
     """The divergence that a recipe asks for, with its parameters; the skew comes from the stages."""
     from pocl_kernels import DIVERGENCES
@@ -77,22 +67,6 @@ def scales_by_temperature(recipe: Recipe, divergence: str) -> bool:
     """Whether the loss with a divergence of this name has the factor T^2."""
     choice = recipe.loss.scale_by_temperature
     return divergence in SCALED_BY_AUTHORS if choice == "authors" else choice
-
-
-def teacher_for_training(context: Context, *, on_policy: bool = False) -> Teacher:
-    """The cached teacher if the run has a cache, with the model behind it for sampled responses; else the model."""
-    from pocl.teacher import HiddenStateCache, OnlineTeacher
-
-    if not context.summaries.get("teacher-cache", {}).get("cached"):
-        return OnlineTeacher(context.teacher())
-    fallback = OnlineTeacher(context.teacher()) if on_policy else None
-    return HiddenStateCache.open(
-        context.path / "teacher-cache",
-        tokenizer=context.tokenizer(),
-        template=context.template_name(),
-        dataset=context.rows("train"),
-        fallback=fallback,
-    )
 
 
 def warm_up(context: Context) -> Mapping[str, Any]:
@@ -194,6 +168,8 @@ def score_samples(context: Context, student: Any, rows: Dataset, folder: Path) -
         words=section.words,
         generation=settings if answers else None,
         teacher=context.teacher() if section.needs_teacher else None,
+        engine=context.recipe.student.engine,
+        engine_args=context.recipe.student.engine_args,
         progress=not context.console.quiet,
         max_prompt_length=context.recipe.data.max_prompt_length,
     )

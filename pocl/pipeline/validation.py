@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def validation_metrics(context: Context) -> Callable[[Any], dict[str, float]]:
     """KL(teacher || student) at temperature 1, and, where the best weights are chosen by it, the answers' ROUGE-L."""
-    from pocl.pipeline.training import teacher_for_training
+    from pocl.pipeline.teacher import teacher_for_training
 
     teacher = teacher_for_training(context)
     rouge = _answer_metric(context) if metric_of(context) == "rouge_l" else None

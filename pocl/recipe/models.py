@@ -11,13 +11,14 @@ from pocl.recipe.comparing import Section
 from pocl.recipe.training import as_tuple
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+EngineName = Literal["transformers", "vllm"]
 
 
 class TeacherSection(Section):
     """The model to learn from. A plain string stands for `model`."""
 
     model: str = "embedded"
-    """Hub id, folder, or `embedded` for SmolLM2-135M-Instruct from the Python registry."""
+    """Hub id, folder, or `embedded`, SmolLM2-135M-Instruct from the Python registry. With `server`, its name there."""
     adapt_epochs: NonNegativeInt = 0
     """Passes over the training samples that fine-tune the teacher on the references first, as the paper does."""
     adapt_learning_rate: PositiveFloat = 3e-5
@@ -28,6 +29,44 @@ class TeacherSection(Section):
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Only for authors you trust."""
+    store: Literal["auto", "hidden", "top_k"] = "auto"
+    """What is kept of the teacher: hidden states, which lose nothing, or the likeliest tokens of each position. auto:
+    hidden states, but of a server, which gives none."""
+    top_k: PositiveInt = 64
+    """How many likely tokens of each position are kept, 8 bytes each."""
+    tail: Literal["bucket", "renormalise", "zero", "uniform"] = "bucket"
+    """What is assumed of all other tokens: one outcome with what is left of the probability; no probability, the likely
+    ones scaled to 1; none, and no scaling; or equal shares of what is left."""
+    engine: EngineName = "transformers"
+    """Who runs the teacher once over the samples: this process, or vLLM, which spreads it over GPUs. With vLLM and a
+    student of your own the teacher is never loaded otherwise."""
+    engine_args: dict[str, Any] = {}  # noqa: RUF012
+    """Arguments of `vllm.LLM`, such as `{tensor_parallel_size: 4}`."""
+    server: str | None = None
+    """URL of an OpenAI-compatible server that runs the teacher and gives log-probabilities of prompts, as vLLM's does,
+    such as `http://localhost:8000`. Empty: the teacher is run here."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's key. Empty: it wants none."""
+    in_flight: PositiveInt = 16
+    """Questions to the server at a time."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherSection:
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError(f"engine_args are arguments of vLLM, and engine is {self.engine}: set engine to vllm")
+        if self.server is None:
+            if self.api_key_env:
+                raise ValueError("api_key_env is for a server: name its URL as server, or leave it out")
+            return self
+        if self.model == "embedded":
+            raise ValueError("server needs model, the name that the server lists it under")
+        if self.engine != "transformers":
+            raise ValueError(f"server runs the teacher already: leave out engine = {self.engine}")
+        if self.store == "hidden":
+            raise ValueError("a server gives no hidden states: set store to top_k, or leave it out")
+        if self.adapt_epochs:
+            raise ValueError("a teacher on a server cannot be adapted: set adapt_epochs to 0")
+        return self
 
 
 def _as_layers(value: Any) -> Any:
@@ -95,6 +134,10 @@ class StudentSection(Section):
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
     """Run model code that comes with the weights. Only for authors you trust."""
+    engine: EngineName = "transformers"
+    """Who answers for the student in ranking and evaluation: this process, or vLLM."""
+    engine_args: dict[str, Any] = {}  # noqa: RUF012
+    """Arguments of `vllm.LLM`, such as `{gpu_memory_utilization: 0.5}`."""
     lora: LoraSection | None = None
     """Train adapters of low rank in place of the weights of `model`: `{}`, or some of r, alpha, dropout, targets,
     rank_stabilized, dora, merge. Empty: all weights are trained."""
@@ -106,6 +149,8 @@ class StudentSection(Section):
                 "name one of `model` (a student of your own), `cut` (how many layers of the teacher to keep) and "
                 "`drop` (which layers of the teacher to leave out)"
             )
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError(f"engine_args are arguments of vLLM, and engine is {self.engine}: set engine to vllm")
         if self.lora and self.from_teacher:
             raise ValueError(
                 f"lora adapts a student that can speak, and one made by `{'cut' if self.cut else 'drop'}` has to "

@@ -346,6 +346,29 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _teacher_is_where_it_is_needed(self) -> Recipe:
+        served = self.teacher.server is not None
+        where = f"teacher.server = {self.teacher.server}" if served else "teacher.engine = vllm"
+        if served and self.student.from_teacher:
+            raise ValueError(
+                f"{where}: no student can be cut from a teacher that is not here; name one as student.model"
+            )
+        if not served and (self.teacher.engine == "transformers" or self.student.from_teacher):
+            return self
+        if self.teacher_cache.mode == "online":
+            raise ValueError(f"{where}: the teacher is asked once and stored; leave teacher_cache.mode at auto")
+        if self.ranking.needs_teacher:
+            raise ValueError(
+                f"{where}: the teacher is not here to rank by its cross-entropy or KL; choose other ranking.criteria"
+            )
+        if self.teacher.engine == "vllm" and (self.on_policy.share or self.teacher.adapt_epochs):
+            wants = "on_policy.share" if self.on_policy.share else "teacher.adapt_epochs"
+            raise ValueError(
+                f"{where}: {wants} needs the teacher here in training; set it to 0, or teacher.engine to transformers"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

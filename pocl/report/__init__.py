@@ -90,7 +90,7 @@ def _summary(run: Run) -> str:
         )
     sizes = run.parameters
     text = "pocl trains a small language model, the student, to give the answers of a large one, the teacher. "
-    if sizes:
+    if "teacher" in sizes:  # one on a server is of a size that nobody knows
         text += f"Here {sizes['teacher'] / 1e6:.1f} M parameters taught {sizes['student'] / 1e6:.1f} M. "
     before, after = run.results.get("student-initial"), run.results.get("student-final")
     if before and after and before.get("kl_to_teacher") and after.get("kl_to_teacher"):
