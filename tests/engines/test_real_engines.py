@@ -101,30 +101,38 @@ def test_a_real_server_that_gives_too_little_is_refused_in_words(
         TopKCache.build(tmp_path / "a", ServerEngine(server.url, MODEL, tokenizer=shared_tokenizer), small, top_k=8)
 
 
-def test_a_recipe_with_a_served_teacher_and_a_student_in_vllm_runs_to_its_report(
-    tmp_path: Path, server: Server, model: Any, tokenizer: Any
+@pytest.mark.parametrize("place", ["server", "vllm"])
+def test_a_recipe_with_its_teacher_elsewhere_runs_to_its_report(
+    place: str, tmp_path: Path, server: Server, teacher: Path, model: Any, tokenizer: Any
 ) -> None:
     student = cut_layers(model, 4)
     student.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in question_answer_pairs()[:40]))
+    served = {"server": server.url, "model": MODEL, "top_k": 32}
     recipe = {
         "output": str(tmp_path / "run"),
-        "teacher": {"server": server.url, "model": MODEL, "top_k": 32},
+        "teacher": served if place == "server" else {"model": str(teacher), "engine": "vllm"},
         "student": {"model": str(tmp_path / "student"), "engine": "vllm"},
-        "data": {"source": str(tmp_path / "pairs.jsonl"), "num_validation": 4, "num_test": 6, "max_length": 96,
-                 "max_prompt_length": 64},
+        "data": {
+            "source": str(tmp_path / "pairs.jsonl"),
+            "num_validation": 4,
+            "num_test": 6,
+            "max_length": 96,
+            "max_prompt_length": 64,
+        },
         "warmup": {"epochs": 1},
         "ranking": {"max_new_tokens": 8},
         "curriculum": {"num_stages": 2, "epochs": 1},
         "training": {"batch_size": 8, "metric": "kl_to_teacher"},
-        "on_policy": {"share": 0.5, "max_new_tokens": 8},
+        "on_policy": {"share": 0.5 if place == "server" else 0.0, "max_new_tokens": 8},
         "evaluation": {"max_new_tokens": 8},
-    }  # fmt: skip
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     result = CliRunner().invoke(app, ["distill", str(tmp_path / "recipe.yaml")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "the 32 likeliest tokens leave" in result.output
+    told = {"server": "the 32 likeliest tokens leave", "vllm": "exact at every temperature"}
+    assert told[place] in result.output
     log = [json.loads(line) for line in (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()]
     assert [line for line in log if "divergence" in line]
     assert (tmp_path / "run" / "report").exists()
