@@ -17,7 +17,7 @@ def allocations(run: Callable[[], object]) -> list[int]:
     """Bytes that torch's CPU allocator hands out (and, negative, takes back) during ``run``, in order, from the
     profiler's record of every allocation.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     changes, waiting = [], list(recorded.profiler.kineto_results.experimental_event_tree())
     while waiting:
