@@ -103,7 +103,7 @@ def start_two(*args: Any, **kwargs: Any) -> list[int | None]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(600)
+        process.join(240)
         process.kill()
     return [process.exitcode for process in processes]
 
