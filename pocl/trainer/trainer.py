@@ -225,7 +225,7 @@ class POCLTrainer(StagedTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.guard.check()
         folder = Path(self._get_output_dir(), f"checkpoint-{self.state.global_step}")
-        # Sharded weights make it later; by then one process may have looked for it, and the others would know another best.
+        # Sharded weights make it late: one process would have looked for it, and another not, and know another best.
         folder.mkdir(parents=True, exist_ok=True)
         if self.on_policy is not None:
             self.on_policy.save(folder)

@@ -42,7 +42,7 @@ def work(recipe: Path, output: Path, *, engine: str, killed: bool = False) -> No
     GradientState._reset_state()
     begin, step = POCLTrainer.__init__, POCLTrainer.training_step
 
-    def __init__(trainer: Any, *args: Any, **options: Any) -> None:
+    def start(trainer: Any, *args: Any, **options: Any) -> None:
         if engine == "fsdp2":  # accelerate shards on GPUs only; the code behind is the same for gloo on CPUs
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         begin(trainer, *args, **options)
@@ -54,7 +54,7 @@ def work(recipe: Path, output: Path, *, engine: str, killed: bool = False) -> No
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, *args)
 
-    POCLTrainer.__init__, POCLTrainer.training_step = __init__, training_step  # type: ignore[method-assign]
+    POCLTrainer.__init__, POCLTrainer.training_step = start, training_step  # type: ignore[method-assign]
     os.environ |= FSDP2 if engine == "fsdp2" else {}
     words = ["--output", str(output), "--training.batch_size", "4" if engine != "alone" else "8"]
     words += ["--training.save_every", "4"]
