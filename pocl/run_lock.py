@@ -105,10 +105,11 @@ def _acquire(path: Path) -> int:
             except FileNotFoundError:  # its holder has just left
                 continue
             made = False
-        dead = False
+        dead = waits = False
         try:
             if made:
-                _wait_for_lock(handle)
+                if not _wait_for_lock(handle):  # never without it: whoever has it would find a dead holder's name
+                    raise FolderInUseError(_in_use(path, {}))
                 _write(handle)
                 return handle
             lock = _try_lock(handle)
@@ -116,7 +117,7 @@ def _acquire(path: Path) -> int:
                 looks += 1  # several: somebody may just be writing who he is, or only look, as we do
                 if looks > 3 and (record := _read(handle)):
                     raise FolderInUseError(_in_use(path, record))
-                time.sleep(0.1)
+                waits = True
             else:
                 dead = _is_at(handle, path)
             if dead and not _WINDOWS:
@@ -127,6 +128,8 @@ def _acquire(path: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
+        if waits:  # without the file: many who look in turn would keep its lock from its maker
+            time.sleep(0.1)
         if dead and _WINDOWS:
             with contextlib.suppress(OSError):
                 _bury(path)
@@ -176,12 +179,13 @@ def _try_lock(handle: int) -> Literal["ours", "busy", "none"]:
     return "ours"
 
 
-def _wait_for_lock(handle: int) -> None:
-    """Of a file just made: whoever looked at it before it said anything lets go of it at once."""
-    for _ in range(50):
+def _wait_for_lock(handle: int) -> bool:
+    """Of a file just made: whoever looked at it before it said anything lets go of it at once. Whether they did."""
+    for _ in range(200):
         if _try_lock(handle) != "busy":
-            return
-        time.sleep(0.05)
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _is_stale(handle: int, path: Path, lock: str) -> bool:

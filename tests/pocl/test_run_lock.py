@@ -145,3 +145,35 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path: Path, hold: Any) -
     ends = [(process.communicate(), process.returncode) for process in started]
     assert sorted(code for _, code in ends) == [0, 1, 1, 1, 1, 1]
     assert all("in use by process" in error for (_, error), code in ends if code)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_who_waits_for_a_new_file_does_not_keep_its_lock_from_its_maker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six that found a dead lock kept the new one from its maker by turns, who went on without: two were at work."""
+    import fcntl
+
+    maker = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        fcntl.flock(maker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(maker, fcntl.LOCK_UN)
+        waits.append(seconds)
+
+    monkeypatch.setattr("pocl.run_lock.time.sleep", sleep)
+    try:
+        with pytest.raises(FolderInUseError), only_user(tmp_path):
+            pass
+    finally:
+        os.close(maker)
+    assert waits
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_nobody_goes_on_without_the_lock_of_the_file_he_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocl.run_lock._try_lock", lambda handle: "busy")
+    monkeypatch.setattr("pocl.run_lock.time.sleep", lambda seconds: None)
+    with pytest.raises(FolderInUseError), only_user(tmp_path):
+        pass
