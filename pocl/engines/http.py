@@ -102,7 +102,7 @@ class Client:
         else:
             said = f"cannot be reached ({type(reason).__name__}); start it, or correct the URL"
         raise ServerError(
-            f"the server at {self.url} {said}. What it has said is kept: the same call goes on from there"
+            f"the server at {self.url} {said}. Whole shards of what it said are kept: the same call goes on from there"
         ) from None
 
     def _tell(self, status: int, path: str, body: bytes) -> NoReturn:
@@ -114,7 +114,7 @@ class Client:
         if status in _BUSY:
             raise ServerError(
                 f"the server at {self.url} is still busy or broken after all attempts (HTTP {status}: "
-                f"{self._quoted(body)}). What it has said is kept: the same call goes on from there"
+                f"{self._quoted(body)}). Whole shards of what it said are kept: the same call goes on from there"
             )
         raise ServerError(f"the server at {self.url} refuses {path} (HTTP {status}): {self._quoted(body)}")
 

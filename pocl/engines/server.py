@@ -17,6 +17,7 @@ from pocl.engines.http import Client, ServerError
 from pocl.engines.protocol import Advance, Row, check_rows, predicting
 from pocl.engines.top_k import check_k
 from pocl.engines.vllm import seed_of
+from pocl.run_folder import write_text
 from pocl_kernels import Head
 
 _T = TypeVar("_T")
@@ -153,7 +154,7 @@ class ServerEngine:
         told, ids = self._told(row, 1), row["input_ids"]
         now = [told[i][ids[i + 1]][0] for i in range(min(len(ids) - 1, _PROBE_TOKENS))]
         if not file.is_file():
-            file.write_text(json.dumps({"log_probs": now}), encoding="utf-8")
+            write_text(file, json.dumps({"log_probs": now}))  # whole or not at all
             return
         before = json.loads(file.read_text("utf-8"))["log_probs"]
         change = sum(abs(a - b) for a, b in zip(before, now, strict=True)) / max(len(now), 1)

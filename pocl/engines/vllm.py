@@ -328,7 +328,7 @@ class _Process:
         lines = Path(self._log).read_text("utf-8", "replace").strip().splitlines()
         raise EngineError(
             f"the vLLM engine has ended (exit code {self._child.returncode}); its last words: {' / '.join(lines[-3:])} "
-            f"(its log is {self._log}). What is finished is kept: the same call goes on from there"
+            f"(its log is {self._log}). Whole shards of what it said are kept: the same call goes on from there"
         )
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pocl.teacher import LikelyTokens, Teacher
 
 FOLDER = "teacher-cache"
+_SERVED_SHARD_MB = (
+    4  # what a run that is cut off asks again is a shard at most: 8,192 answer tokens with 64 likely ones
+)
 
 
 def is_apart(recipe: Recipe) -> bool:
@@ -151,6 +154,7 @@ def cache_teacher(context: Context) -> Mapping[str, Any]:
                 return {"cached": False, "note": why}
         place, size = context.path / FOLDER, size_in_words(tokens * bytes_a_token)
         if sparse:
+            options |= {} if recipe.teacher.server is None else {"shard_mb": _SERVED_SHARD_MB}
             likely = TopKCache.build(place, engine, rows, top_k=k, **options)
             lost = f"the {k} likeliest tokens leave {likely.mean_tail():.2%} of the probability to all others"
             return {"cached": True, "note": f"{why} {likely.num_tokens} answer tokens in {size}; {lost}.".lstrip()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ Make = Callable[[Sequence[Mapping[str, Any]], Callable[[int], Any]], dict[str, T
 """From samples, longest first, the tensors of a shard; reports label tokens as they are done."""
 
 
-class StoredTeacher:
+class StoredTeacher(ABC):
     """Reads what an engine said about every label position; see `HiddenStateCache` and `TopKCache`."""
 
     kind: ClassVar[str]
@@ -74,9 +75,9 @@ class StoredTeacher:
                 f"{len(dataset)} samples are not in it (sample_id {names}); build it from the tokenised rows in use"
             )
 
+    @abstractmethod
     def lookups(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """What a loader attaches to the batch of these samples, under the names by which the batch is read."""
-        raise NotImplementedError
 
     def _gather(self, samples: Sequence[Mapping[str, Any]]) -> list[Tensor] | None:
         """The stored tensors of samples, in order; None where they have no label."""

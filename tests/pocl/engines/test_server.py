@@ -134,7 +134,7 @@ def test_a_build_goes_on_when_its_server_comes_back(
         return answer(*args, **details)
 
     monkeypatch.setattr(engine, "_choice", dies)
-    with pytest.raises(ServerError, match=r"cannot be reached .* What it has said is kept"):
+    with pytest.raises(ServerError, match=r"cannot be reached .* Whole shards of what it said are kept"):
         build(tmp_path / "c", engine, rows)
     server.hang_up_next = 0
     kept = len(list(tmp_path.glob("c/shard-*.safetensors")))

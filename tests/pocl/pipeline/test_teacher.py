@@ -50,7 +50,10 @@ def test_likely_tokens_are_kept_where_the_recipe_says_so(recipe: Path, tmp_path:
     assert steps["teacher-cache"].startswith("deletes")
 
 
-def test_a_teacher_on_a_server_is_learned_from(recipe: Path, tmp_path: Path, tiny_model_folder: Path) -> None:
+def test_a_teacher_on_a_server_is_learned_from(
+    recipe: Path, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocl.pipeline.teacher._SERVED_SHARD_MB", 0)  # a sample in each
     with serving() as server:
         changed(
             recipe,
@@ -67,6 +70,7 @@ def test_a_teacher_on_a_server_is_learned_from(recipe: Path, tmp_path: Path, tin
         assert result.exit_code == 0, result.output
         assert "the 12 likeliest tokens leave" in result.output
         asked = len(server.asked)
+        assert len(list((tmp_path / "run" / "teacher-cache").glob("shard-*.safetensors"))) > 9  # each is kept
         assert asked > 42, "the rows of training and validation, and what the student says"
         done = pocl("distill", recipe)
         assert (done.exit_code, len(server.asked)) == (0, asked), done.output

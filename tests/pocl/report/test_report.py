@@ -144,3 +144,22 @@ def test_a_log_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_smoothing_keeps_constants_and_the_first_value() -> None:
     assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smooth([1.0, 5.0])[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("control", "said"),
+    [
+        (3.0, "ends at 3.000: the stages ended 1.000 to 1.000 nats closer (95 % interval over samples)."),
+        (1.5, "ends at 1.500: the stages ended 0.500 to 0.500 nats farther away (95 % interval over samples)."),
+        (2.0, "ends at 2.000: between the two, so many samples can show no difference."),
+    ],
+)
+def test_a_control_says_what_the_stages_added(run_folder: Path, control: float, said: str) -> None:
+    for key, kl in (("student-control", control), ("student-final", 2.0)):
+        result = json.loads((run_folder / "evaluation" / "student-final.json").read_text())
+        result |= {"kl_to_teacher": kl, "of_each": {"kl_to_teacher": [kl] * 4, "num_tokens": [1, 2, 3, 4]}}
+        (run_folder / "evaluation" / f"{key}.json").write_text(json.dumps(result))
+    write_report(run_folder)
+    text = (run_folder / "report" / "report.md").read_text()
+    assert f"Plain distillation from the same start, for as many steps, {said}" in text
+    assert text.index("| plain, as many steps |") < text.index("| **after the stages** |")
